@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "mathematics": Part(
-        ("methods/math/*", "patches/maps.py"),
+        ("methods/math/*", "patches/maps/*"),
         (
             "methods", "unit/test_rotation.py", "unit/test_patches.py", "unit/test_export.py", "unit/test_diffusion.py",
             "unit/test_places.py",

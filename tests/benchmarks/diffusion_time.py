@@ -33,7 +33,7 @@ from steerlab.methods.contract import Inputs
 from steerlab.methods.lineas import Config, Lineas
 from steerlab.patches import ActivationPatch, taps
 from steerlab.steered.drawing import SteeredPipeline
-from steerlab.training.engine import make_optimizer
+from steerlab.training.optimizer import make_optimizer
 
 NORMS = Selection(modules="unet.*norm.*")
 ROWS, STRENGTHS, IMAGES = 32, 11, 8

@@ -35,7 +35,7 @@ from steerlab.methods.transport import linear_map
 from steerlab.patches import taps
 from steerlab.stages import JobType
 from steerlab.steered import language
-from steerlab.training.engine import make_optimizer
+from steerlab.training.optimizer import make_optimizer
 
 JOB = Path(__file__).parents[2] / "jobs" / "lineas.yaml"
 D, SAMPLES = 4096, 512

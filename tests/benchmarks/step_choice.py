@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from steerlab.training import loop
+from steerlab.training import schedule
 
 ROWS_PER_STEP = 64
 STEPS = 100
@@ -21,14 +21,14 @@ def main() -> None:
     """Print the table."""
     sizes, later = [10**power for power in range(4, 8)], []
     for num_rows in sizes:
-        loop._order.cache_clear()
+        schedule._order.cache_clear()
         seconds = []
         for step in range(STEPS):
             start_s = time.perf_counter()
-            loop.rows_of_step(num_rows, ROWS_PER_STEP, 0, step)
+            schedule.rows_of_step(num_rows, ROWS_PER_STEP, 0, step)
             seconds.append(time.perf_counter() - start_s)
         later.append(statistics.median(seconds[1:]))
-        kept = loop._order(num_rows, 0, 0)
+        kept = schedule._order(num_rows, 0, 0)
         print(
             f"{num_rows:>10,} rows: first step {1000 * seconds[0]:.2f} ms, later ones {1e6 * later[-1]:.1f} us, "
             f"{kept.numel() * kept.element_size() / 1e6:.2f} MB"

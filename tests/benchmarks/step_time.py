@@ -120,6 +120,7 @@ def loop_without_ray(model_dir: str, queue: Any) -> None:
 
     from steerlab.job import ScaleConfig
     from steerlab.training import loop
+    from steerlab.training.link import Link
     from steerlab.training.request import received
 
     torch.set_num_threads(1)
@@ -127,9 +128,7 @@ def loop_without_ray(model_dir: str, queue: Any) -> None:
         torch.distributed.init_process_group("gloo", init_method=f"file://{scratch}/group", rank=0, world_size=1)
         request = received(training_request(model_dir))
         told: list[dict[str, float]] = []
-        link = loop.Link(
-            0, 1, torch.device("cpu"), lambda metrics, directory: None, Path(scratch) / "checkpoints", tell=told.append
-        )
+        link = Link(0, 1, torch.device("cpu"), lambda metrics, directory: None, Path(scratch) / "checkpoints", tell=told.append)
         loop.run(request, ScaleConfig.model_validate({"checkpoint_every": LOOP_STEPS}), link, Path(scratch) / "output")
     queue.put((1 / told[-1]["steps_per_s"], peak()))
 

@@ -36,6 +36,7 @@ from steerlab.storage.store import Store
 from steerlab.sweeps import driver, sweep_request, trials
 from steerlab.sweeps import space as spaces
 from steerlab.training import loop
+from steerlab.training.link import Link
 from steerlab.training.request import Request
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ray"))
@@ -85,7 +86,7 @@ def plainly(made: Job, folder: Path) -> float:
     assert made.train is not None and isinstance(made.model.source, str)
     source, start_s = sources.fetch(made.model.source), time.monotonic()
     request = Request(source, made.model, made.method.model_dump(mode="json"), made.data, made.train)
-    link = loop.Link(0, 1, torch.device("cpu"), report=lambda metrics, directory: None, scratch=folder / "scratch")
+    link = Link(0, 1, torch.device("cpu"), report=lambda metrics, directory: None, scratch=folder / "scratch")
     loop.run(request, made.scale, link, folder / "output")
     model = load(folder / "output")
     for task in made.evaluate:

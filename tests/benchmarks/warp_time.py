@@ -24,7 +24,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from steerlab import models
-from steerlab.methods.math import rotation
+from steerlab.methods.math import orthonormal, rotation
 from steerlab.methods.warp import PAPER_TYPES
 
 D, LAYERS, ROWS, TOKENS, REPEATS = 1024, 2, 4, 256, 5
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the numbers under results/")
     write = parser.parse_args().write
     torch.set_num_threads(os.cpu_count() or 1)
-    basis = {size: rotation.random_basis(size, 0, "benchmark") for size in (D, SIZES["intermediate_size"])}
+    basis = {size: orthonormal.random_basis(size, 0, "benchmark") for size in (D, SIZES["intermediate_size"])}
     found: dict[str, Any] = {}
     for passes in (1, 8):
         steps = {kind: Step(kind, basis) for kind in ("plain", "warp", "explicit")}
@@ -127,7 +127,7 @@ def main() -> None:
     second_moment = (x.T @ x).double()
     seconds = medians(
         {
-            "basis": timed(lambda: rotation.eigenbasis(second_moment)),
+            "basis": timed(lambda: orthonormal.eigenbasis(second_moment)),
             "eigh": timed(lambda: torch.linalg.eigh(second_moment)),
             "svd": timed(lambda: torch.linalg.svd(second_moment)),
         }

@@ -66,7 +66,7 @@ def spoil(factor: float) -> None:
 
 
 def bad_step_of(training: Training) -> int:
-    from steerlab.training.loop import rows_of_step
+    from steerlab.training.schedule import rows_of_step
 
     train = training.request.train
     return next(s + 1 for s in range(4) if BAD_ROW in rows_of_step(16, train.rows_per_step, train.seed, s))
@@ -144,7 +144,7 @@ def spikes(root: Path) -> None:
 
 
 def bad_step_of_later(training: Training) -> int:
-    from steerlab.training.loop import rows_of_step
+    from steerlab.training.schedule import rows_of_step
 
     train = training.request.train
     return next(s + 1 for s in range(5, 9) if BAD_ROW in rows_of_step(16, train.rows_per_step, train.seed, s))

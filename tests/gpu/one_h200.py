@@ -40,7 +40,7 @@ from steerlab.models import load_model, load_tokenizer  # noqa: E402
 from steerlab.patches import EmbeddingPatch  # noqa: E402
 from steerlab.steered.language import SteeredModel  # noqa: E402
 from steerlab.training import numerics  # noqa: E402
-from steerlab.training.engine import make_optimizer  # noqa: E402
+from steerlab.training.optimizer import make_optimizer  # noqa: E402
 
 LIMIT_S = 480
 """Seconds of the whole script."""

@@ -18,7 +18,7 @@ from steerlab.inputs.tokens import Batch, collate
 from steerlab.job import Selection
 from steerlab.methods.math.sequential_fit import Reading, fit_in_order
 from steerlab.methods.transport import linear_map
-from steerlab.patches import taps
+from steerlab.patches import taps, token_masks
 from steerlab.patches.maps import AffineMap
 
 SELECTION = Selection(modules=r"model\.layers\.\d+\.(post_attention_layernorm|mlp)")
@@ -35,7 +35,7 @@ def part(batch: Batch, rows: slice) -> Batch:
 
 
 def reading(batch: Batch, steer: Selection = SELECTION, target: torch.Tensor | None = None) -> Reading:
-    return Reading(batch.model_inputs, taps.selected(batch, SELECTION), taps.selected(batch, steer), target)
+    return Reading(batch.model_inputs, token_masks.selected(batch, SELECTION), token_masks.selected(batch, steer), target)
 
 
 def target_of(name: str) -> torch.Tensor:
@@ -63,7 +63,7 @@ def naive(
             z_BTD = reader(**batch.patched_inputs)[place.name]
         reader.close()
         attached.detach()
-        pooled_BD = taps.pool(z_BTD, taps.selected(batch, SELECTION), "mean")
+        pooled_BD = token_masks.pool(z_BTD, token_masks.selected(batch, SELECTION), "mean")
         is_target_B = torch.zeros(len(pooled_BD), dtype=torch.bool) if target is None else target
         maps[place.name] = fit(place.name, pooled_BD[~is_target_B], pooled_BD[is_target_B])
     return maps
@@ -128,7 +128,7 @@ def test_of_a_guided_drawing_the_half_with_the_prompt_is_fitted_and_mapped(digit
     prompter = Prompter(model)
     drawings = iter([Drawing(("bold three", "thin one")[i % 2], i, 64) for i in range(sum(sizes))])
     parts = [prompter.collate([next(drawings) for _ in range(size)]) for size in sizes]
-    readings = [Reading(part.patched_inputs, *[taps.selected(part, norms)] * 2) for part in parts]
+    readings = [Reading(part.patched_inputs, *[token_masks.selected(part, norms)] * 2) for part in parts]
 
     def fit_channels(name: str, source_ND: torch.Tensor, _target: torch.Tensor | None = None) -> AffineMap:
         return linear_map(source_ND, target_of(name)[:, : source_ND.shape[1]])
@@ -138,7 +138,7 @@ def test_of_a_guided_drawing_the_half_with_the_prompt_is_fitted_and_mapped(digit
     def pooled(place: taps.Tap) -> Iterator[torch.Tensor]:
         for part in parts:
             with torch.no_grad():
-                yield taps.pool(reader(**part.patched_inputs)[place.name], taps.selected(part, norms), "mean")
+                yield token_masks.pool(reader(**part.patched_inputs)[place.name], token_masks.selected(part, norms), "mean")
 
     maps: dict[str, AffineMap] = {}
     for name in one_pass:
@@ -199,7 +199,7 @@ def _read(model: PreTrainedModel, batch: Batch, name: str) -> torch.Tensor:
     with torch.no_grad():
         z_BTD = reader(**batch.patched_inputs)[name]
     reader.close()
-    return taps.pool(z_BTD, taps.selected(batch, SELECTION), "mean")
+    return token_masks.pool(z_BTD, token_masks.selected(batch, SELECTION), "mean")
 
 
 def test_the_model_runs_once(tiny_model: PreTrainedModel, batch: Batch) -> None:

@@ -20,7 +20,7 @@ from steerlab.job import Selection
 from steerlab.methods import lineas
 from steerlab.methods.contract import Inputs
 from steerlab.methods.lineas import Config, Lineas, proximal
-from steerlab.patches import taps
+from steerlab.patches import taps, token_masks
 
 NORMS = r".*post_attention_layernorm"
 
@@ -197,7 +197,10 @@ def test_w1_is_the_mean_absolute_difference_of_quantiles(make: Any, encoder: Enc
         places = taps.select(model, Selection(modules=NORMS))
         reader = taps.Reader(model, places)
         pooled = [
-            {name: taps.pool(z, taps.selected(one, Selection()), "mean") for name, z in reader(**one.model_inputs).items()}
+            {
+                name: token_masks.pool(z, token_masks.selected(one, Selection()), "mean")
+                for name, z in reader(**one.model_inputs).items()
+            }
             for one in (batch, batch_of(encoder, texts("sea", num_target)))
         ]
     expected = 0.0

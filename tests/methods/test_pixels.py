@@ -15,7 +15,7 @@ from steerlab.job import Selection
 from steerlab.methods import METHODS
 from steerlab.methods.math.sequential_fit import Reading, fit_in_order
 from steerlab.methods.transport import linear_map, within_support
-from steerlab.patches import CannotFold, taps
+from steerlab.patches import CannotFold, taps, token_masks
 from steerlab.patches.maps import AffineMap, mapped_pixels
 
 NORMS = Selection(modules=r"unet.*resnets.*norm2")
@@ -105,7 +105,7 @@ def test_a_fit_in_order_sees_the_values_that_the_patch_computes(digits_dir: Path
     prompter = Prompter(model)
     prompts = ("bold three", "thin one")
     batch = prompter.collate([Drawing(prompts[i % 2], i, 64) for i in range(12)])
-    mask, is_target = taps.selected(batch, NORMS), torch.arange(12) % 2 == 0
+    mask, is_target = token_masks.selected(batch, NORMS), torch.arange(12) % 2 == 0
     places = taps.select(model, NORMS)[:3]
 
     def fit(name: str, source_ND: torch.Tensor, target_MD: torch.Tensor) -> AffineMap:
@@ -118,7 +118,7 @@ def test_a_fit_in_order_sees_the_values_that_the_patch_computes(digits_dir: Path
         attached = patches.attach(model, [patches.ActivationPatch.from_maps(maps, NORMS, pixels=pixels)] if maps else [])
         reader = taps.Reader(model, [taps.tap(name)])
         with torch.no_grad():
-            pooled = taps.pool(reader(**batch.patched_inputs)[name], mask, "mean")
+            pooled = token_masks.pool(reader(**batch.patched_inputs)[name], mask, "mean")
         reader.close()
         attached.detach()
         maps[name] = fit(name, pooled[~is_target], pooled[is_target])

@@ -18,6 +18,7 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Batch, collate
 from steerlab.methods import sn_tune
 from steerlab.methods.contract import Inputs
+from steerlab.methods.math import neurons
 from steerlab.methods.preparations import Prepare
 from steerlab.methods.sn_tune import Config, SnTune
 from steerlab.steered.language import SteeredModel
@@ -44,12 +45,12 @@ def test_importance_is_what_the_block_loses_without_the_neuron(kind: str, block:
     model: Any = family("llama")
     query = encoder.encode(encoder.conversation(str(SAFETY[0]["instruction"]), ""))
     batch = collate([query], encoder.pad_id)
-    neurons = sn_tune.count(SteeredModel(model, encoder), {"active": 1.0, "target_layers": ["all"]}, {})
-    neurons.add(batch, 0)
+    counting = sn_tune.count(SteeredModel(model, encoder), {"active": 1.0, "target_layers": ["all"]}, {})
+    counting.add(batch, 0)
     with torch.no_grad():
-        found = neurons._importance(kind, 0, batch.attention_mask[0].bool())[0]  # type: ignore[arg-type]
-    neurons.close()
-    place = sn_tune._layers(model, ("all",))[0][kind]
+        found = counting._importance(kind, 0, batch.attention_mask[0].bool())[0]  # type: ignore[arg-type]
+    counting.close()
+    place = neurons.blocks(model, ("all",))[0][kind]
     ids = torch.tensor([query.input_ids])
     before = output_of(model, f"model.layers.0.{block}", ids)
     weight = model.get_submodule(place.module).weight
@@ -81,12 +82,12 @@ def test_counts_are_over_queries_whatever_the_batches(tiny_model: PreTrainedMode
         Parts.open(prepared(sn_tune.METHOD, Config(active=0.3, rows_per_batch=size), tiny_model, SAFETY)[sn_tune.SAFETY])
         for size in (1, 2, 5)
     ]
-    for layer in sn_tune._layers(tiny_model, ("all",)):
-        for kind in sn_tune.TYPES:
+    for layer in neurons.blocks(tiny_model, ("all",)):
+        for kind in neurons.TYPES:
             counts = [one.tensor(layer[kind].module) for one in parts]
             assert torch.equal(counts[0], counts[1]) and torch.equal(counts[0], counts[2])
-    for kind in sn_tune.TYPES:
-        of_kind = torch.cat([parts[0].tensor(layer[kind].module) for layer in sn_tune._layers(tiny_model, ("all",))])
+    for kind in neurons.TYPES:
+        of_kind = torch.cat([parts[0].tensor(layer[kind].module) for layer in neurons.blocks(tiny_model, ("all",))])
         # For every query exactly the share is active, over all layers together.
         assert int(of_kind.sum()) == 5 * round(0.3 * len(of_kind)) and 0 < int((of_kind == 5).sum()) < len(of_kind)
 
@@ -110,13 +111,13 @@ def test_only_the_chosen_neurons_move(
 ) -> None:
     wanted = Config.model_validate({"active": 0.3, "train": trained})
     before = prepared(sn_tune.METHOD, wanted, tiny_model, SAFETY)
-    counts, layers = Parts.open(before[sn_tune.SAFETY]), sn_tune._layers(tiny_model, ("all",))
+    counts, layers = Parts.open(before[sn_tune.SAFETY]), neurons.blocks(tiny_model, ("all",))
     module = SnTune(tiny_model, wanted, Inputs(prepared=before))
     train(module, encoder)
     patch = module.finished(module.patch.state_dict())
     changes = dict(patch.differences())
     for layer in layers:
-        for kind in sn_tune.TYPES:
+        for kind in neurons.TYPES:
             safe = counts.tensor(layer[kind].module) == len(SAFETY)
             moved = changes[f"{layer[kind].module}.weight"].ne(0).any(0 if kind == "ffn_down" else 1)
             assert torch.equal(moved, safe if trained == "safety" else ~safe)
@@ -146,17 +147,17 @@ def test_robust_tuning_leaves_foundation_neurons_out(tiny_model: PreTrainedModel
     steered.detach()
     counts = [Parts.open(here.folders[name]) for name in (sn_tune.SAFETY, sn_tune.FOUNDATION)]
     module = SnTune(tiny_model, wanted, Inputs(prepared=here.folders))
-    for name, layer in zip(module.patch.names, module.patch.masked(), strict=True):
+    for name, layer in zip(module.patch.names, module.patch.rotated(), strict=True):
         safe, base = counts[0].tensor(name) == 5, counts[1].tensor(name) == 4
         trains = layer.free_MN.any(0) if name.endswith("down_proj") else layer.free_MN.any(1)
         assert torch.equal(trains, safe & ~base)
 
 
 def test_too_few_active_neurons_and_fused_layers_are_refused(tiny_model: PreTrainedModel, tmp_path: Path) -> None:
-    layers, wanted = sn_tune._layers(tiny_model, ("all",)), Config(active=0.01)
+    layers, wanted = neurons.blocks(tiny_model, ("all",)), Config(active=0.01)
     # Each neuron was active for two of three queries.
     counts: dict[str, torch.Tensor] = {}
-    for kind, axis in {**dict.fromkeys(sn_tune.TYPES, 0), "ffn_down": 1}.items():
+    for kind, axis in {**dict.fromkeys(neurons.TYPES, 0), "ffn_down": 1}.items():
         for layer in layers:
             counts[layer[kind].module] = torch.full((layer[kind].shape[axis],), 2.0)
     write(tmp_path / "part.safetensors", counts)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from steerlab.methods import METHODS
-from steerlab.methods.transport import coupling, distance, gaussian_map, linear_map, mean_map
+from steerlab.methods.math.coupling import coupling
+from steerlab.methods.transport import distance, gaussian_map, linear_map, mean_map
 from steerlab.patches.maps import AffineMap
 
 SIZES = [(8, 8), (5, 8), (12, 4), (7, 6)]

@@ -18,7 +18,8 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Batch, collate
 from steerlab.methods import warp
 from steerlab.methods.contract import Inputs, language_modelling_loss
-from steerlab.methods.math import gradients, rotation
+from steerlab.methods.math import gradients, orthonormal
+from steerlab.methods.math.masks import unpacked
 from steerlab.methods.math.selected_layers import numbers
 from steerlab.methods.warp import Config, Warp
 from steerlab.stages import extraction_size
@@ -108,7 +109,7 @@ def test_training_equals_the_explicit_module(
         Explicit(
             naive.get_submodule(p.module),  # type: ignore[arg-type]
             vectors[p.input_of],
-            rotation.unpacked(mask.tensor(p.module), p.shape),
+            unpacked(mask.tensor(p.module), p.shape),
         )
         for p in places
     ]
@@ -130,7 +131,7 @@ def test_the_mask_holds_exactly_the_share(keep_ratio: float, scope: str, tiny_mo
     wanted = config(keep_ratio=keep_ratio, scope=scope)
     mask = Parts.open(prepared(warp.METHOD, wanted, tiny_model, SAFETY)["mask"])
     places = warp.places(tiny_model, wanted)
-    frozen = [int(rotation.unpacked(mask.tensor(p.module), p.shape).sum()) for p in places]
+    frozen = [int(unpacked(mask.tensor(p.module), p.shape).sum()) for p in places]
     sizes = [p.shape[0] * p.shape[1] for p in places]
     if scope == "module":
         assert frozen == [round(keep_ratio * size) for size in sizes]
@@ -143,7 +144,7 @@ def test_the_mask_holds_the_most_important(scope: str, tiny_model: PreTrainedMod
     wanted = config(keep_ratio=0.2, scope=scope)
     before = prepared(warp.METHOD, wanted, tiny_model, SAFETY)
     importance, mask = Parts.open(before["importance"]), Parts.open(before["mask"])
-    frozen = {p.module: rotation.unpacked(mask.tensor(p.module), p.shape) for p in warp.places(tiny_model, wanted)}
+    frozen = {p.module: unpacked(mask.tensor(p.module), p.shape) for p in warp.places(tiny_model, wanted)}
     groups = [[name] for name in frozen] if scope == "module" else [list(frozen)]
     for names in groups:
         scores = torch.cat([importance.tensor(name).flatten() for name in names])
@@ -393,7 +394,7 @@ def test_control_masks_need_no_safety_rows(kind: str, tiny_model: PreTrainedMode
     wanted = config(mask=kind, rotation="none", keep_ratio=0.3)
     masks = [Parts.open(prepared(warp.METHOD, wanted, models.load_model(tiny_dir, seed=0), [])["mask"]) for _ in range(2)]
     for place in warp.places(tiny_model, wanted):
-        first, second = (rotation.unpacked(mask.tensor(place.module), place.shape) for mask in masks)
+        first, second = (unpacked(mask.tensor(place.module), place.shape) for mask in masks)
         assert torch.equal(first, second)
         assert int(first.sum()) == round(0.3 * first.numel())
         if kind == "magnitude":
@@ -408,7 +409,7 @@ def test_magnitudes_are_those_of_the_rotated_weights(tiny_model: PreTrainedModel
     for place in warp.places(tiny_model, wanted):
         weight_MN = tiny_model.get_submodule(place.module).weight.detach()  # type: ignore[union-attr]
         rotated_MN = (weight_MN @ basis.tensor(f"{place.input_of}/vectors")).abs()  # type: ignore[operator]
-        frozen_MN = rotation.unpacked(mask.tensor(place.module), place.shape)
+        frozen_MN = unpacked(mask.tensor(place.module), place.shape)
         assert rotated_MN[frozen_MN].min() >= rotated_MN[~frozen_MN].max() - 1e-6
         plain_MN = weight_MN.abs()  # type: ignore[operator]
         assert plain_MN[frozen_MN].min() < plain_MN[~frozen_MN].max()
@@ -419,4 +420,4 @@ def test_random_bases_are_those_of_the_seed_and_the_inputs_name(tiny_model: PreT
     before = prepared(warp.METHOD, wanted, tiny_model, SAFETY)
     basis = Parts.open(before["basis"])
     for group, size in {place.input_of: place.shape[1] for place in warp.places(tiny_model, wanted)}.items():
-        assert torch.equal(basis.tensor(f"{group}/vectors"), rotation.random_basis(size, wanted.seed, group))
+        assert torch.equal(basis.tensor(f"{group}/vectors"), orthonormal.random_basis(size, wanted.seed, group))

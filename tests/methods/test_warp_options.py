@@ -16,7 +16,8 @@ from steerlab.data.worlds import tiny
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import GENERATION, collate
 from steerlab.methods import preparations, warp
-from steerlab.methods.math import gradients, rotation, weight_space
+from steerlab.methods.math import gradients
+from steerlab.methods.math.masks import frozen, unpacked
 from steerlab.methods.warp import Config
 from steerlab.stages import JobType, Plan
 from steerlab.steered.language import SteeredModel
@@ -32,7 +33,7 @@ def config(**settings: Any) -> Config:
 
 def masks(before: dict[str, Path], places: list[models.WeightPlace]) -> dict[str, torch.Tensor]:
     mask = Parts.open(before["mask"])
-    return {place.module: rotation.unpacked(mask.tensor(place.module), place.shape) for place in places}
+    return {place.module: unpacked(mask.tensor(place.module), place.shape) for place in places}
 
 
 @pytest.mark.parametrize(("unit", "axis"), [("row", 1), ("column", 0)])
@@ -54,7 +55,7 @@ def test_ranking_over_all_layers_counts_rows_not_coefficients() -> None:
     """Two layers of different widths, one ratio: half of the six rows, wherever they lie."""
     scores = [torch.tensor([[1.0, 0.0], [5.0, 0.0]]), torch.tensor([[2.0] * 3, [0.1] * 3, [3.0] * 3, [0.2] * 3])]
     selected = [torch.ones(2, dtype=torch.bool), torch.ones(4, dtype=torch.bool)]
-    found = list(weight_space.frozen(lambda: scores, selected, [2, 3], 0.5, "row"))
+    found = list(frozen(lambda: scores, selected, [2, 3], 0.5, "row"))
     assert [mask.all(1).tolist() for mask in found] == [[False, True], [True, False, True, False]]
 
 

@@ -13,7 +13,7 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Encoded, collate
 from steerlab.job import Selection
 from steerlab.methods import METHODS
-from steerlab.patches import taps
+from steerlab.patches import taps, token_masks
 
 HEADS, HEAD_SIZE = 4, 128
 
@@ -52,7 +52,7 @@ def test_caa_reads_the_letter_of_the_answer(
         states = [tiny_model(input_ids=torch.tensor([row.input_ids]), output_hidden_states=True) for row in rows]
     reader.close()
     pooling = METHODS["caa"].Config().pooling  # type: ignore[attr-defined]
-    found = taps.pool(z_BTD, taps.selected(batch, select), pooling)
+    found = token_masks.pool(z_BTD, token_masks.selected(batch, select), pooling)
     expected = torch.stack([state.hidden_states[2][0, -texts_end_in] for state in states])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -93,5 +93,7 @@ def test_iti_reads_the_last_token_and_can_steer_the_last_of_every_pass() -> None
     for step, positions in enumerate(steps):
         phases = torch.full((1, len(positions)), int(step > 0))
         roles = torch.zeros_like(phases)
-        mask = taps.token_mask(chosen, roles, phases, torch.tensor([positions]), taps.prompt_lengths(roles, phases))
+        mask = token_masks.token_mask(
+            chosen, roles, phases, torch.tensor([positions]), token_masks.prompt_lengths(roles, phases)
+        )
         assert mask[0].tolist() == [False] * (len(positions) - 1) + [True]

@@ -15,7 +15,7 @@ from steerlab.inputs.tokens import Batch, collate
 from steerlab.job import TrainConfig
 from steerlab.methods.contract import Inputs
 from steerlab.methods.lineas import Config, Lineas, proximal
-from steerlab.training.loop import learning_rate
+from steerlab.training.schedule import learning_rate
 
 NUM = 32
 

@@ -12,7 +12,7 @@ import torch
 
 from steerlab import job, models, run
 from steerlab.activations.moments import Moments
-from steerlab.methods.math import rotation
+from steerlab.methods.math import masks
 from steerlab.methods.warp import Config, places
 from steerlab.run import capacity
 from steerlab.stages import JobType, Plan
@@ -86,7 +86,7 @@ def test_the_artifacts_say_what_was_kept(cluster: None, store: Store, tmp_path: 
     skeleton = models.load_model(tmp_path_model(tmp_path))
     for place in places(skeleton, Config.model_validate(WARP["method"])):
         delta = dict(zip(patch.shapes, patch.deltas, strict=True))[f"{place.module}.weight"]
-        frozen = rotation.unpacked(mask.tensor(place.module), place.shape)
+        frozen = masks.unpacked(mask.tensor(place.module), place.shape)
         coefficients = delta @ basis.tensor(f"{place.input_of}/vectors")
         assert int(frozen.sum()) == round(0.1 * frozen.numel()) == mask.facts["mask"]["frozen"][place.module]
         assert coefficients[frozen].abs().max() < 1e-3 * coefficients.abs().max()

@@ -16,6 +16,8 @@ from steerlab import models, patches
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
 from steerlab.training import engine, loop
+from steerlab.training.link import Link
+from steerlab.training.optimizer import make_optimizer
 from steerlab.training.request import Request
 
 DATA = {
@@ -49,7 +51,7 @@ class OnePlain(engine.Engine):
     def __post_init__(self) -> None:
         self._grad_norm, self._leaves_out = torch.zeros(()), False
         self._bad_gradient = torch.zeros((), dtype=torch.bool, device=self.device)
-        optimizer = engine.make_optimizer(self.module, self.train)
+        optimizer = make_optimizer(self.module, self.train)
         optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._ds = Plain(self.module, optimizer, self.passes_per_step)
 
@@ -77,7 +79,7 @@ def test_a_step(
         DataConfig.model_validate({"prompt_style": "plain", **DATA}),
         TrainConfig(steps=4, lr=5e-3, micro_batch=2, grad_accum=2),
     )
-    link = loop.Link(0, 1, device, lambda metrics, directory: None, tmp_path / "scratch")
+    link = Link(0, 1, device, lambda metrics, directory: None, tmp_path / "scratch")
     training = loop._Training(request, ScaleConfig(), link)
     losses = []
     for _ in range(3):

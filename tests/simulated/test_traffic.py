@@ -16,7 +16,7 @@ from steerlab.data.worlds import tiny
 from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import collate
-from steerlab.methods.math import rotation
+from steerlab.methods.math import orthonormal
 from steerlab.methods.math.gradients import GradientSums
 from steerlab.methods.math.selected_layers import places
 from steerlab.models import Kept
@@ -56,7 +56,7 @@ def sums(tiny_dir: Path, encoder: Encoder, device: torch.device) -> Callable[[],
         # Without torch's own attention: transformers looks at its mask up to twice a pass, where rows are padded.
         steered = SteeredModel(models.load_model(tiny_dir, seed=0, attention="eager").to(device), encoder)  # type: ignore[arg-type]
         chosen = places(steered.model, ("attn_q", "attn_k", "attn_v"), ("all",))
-        basis = Kept(rotation.random_basis(chosen[0].shape[1], 0, "x"))
+        basis = Kept(orthonormal.random_basis(chosen[0].shape[1], 0, "x"))
         return GradientSums(steered, chosen, lambda place, grad_MN: (grad_MN @ basis.like(grad_MN)).abs_(), "data.safety")
 
     return made

@@ -32,6 +32,7 @@ class Stopped(Exception):
 def rank_main(rank: int, world_size: int, root: str, settings: dict[str, Any], stop_at: int, resume: bool) -> None:
     """Train on one rank; every checkpoint is gathered in root/<step>."""
     from steerlab.training import loop
+    from steerlab.training.link import Link
     from steerlab.training.request import Request
 
     torch.set_num_threads(1)
@@ -70,7 +71,7 @@ def rank_main(rank: int, world_size: int, root: str, settings: dict[str, Any], s
         if metrics["step"] == stop_at:
             raise Stopped
 
-    link = loop.Link(
+    link = Link(
         rank,
         world_size,
         torch.device("cpu"),

@@ -13,7 +13,7 @@ import steerlab
 from steerlab import models
 from steerlab.job import TrainConfig
 from steerlab.training import numerics
-from steerlab.training.engine import make_optimizer
+from steerlab.training.optimizer import make_optimizer
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB. Process 1 has 70 GiB"
 

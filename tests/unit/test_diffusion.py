@@ -17,7 +17,7 @@ from steerlab.data.worlds import pixels
 from steerlab.inputs.drawings import Drawing, Prompter
 from steerlab.job import SamplerConfig, Selection
 from steerlab.models.diffusion.pipelines import Diffusion
-from steerlab.patches import ActivationPatch, taps
+from steerlab.patches import ActivationPatch, axes, taps
 from steerlab.patches.maps import AffineMap
 from steerlab.steered.drawing import SteeredPipeline
 
@@ -179,8 +179,8 @@ def test_an_unconditional_pass_never_takes_the_gradient_mode_with_it(digits_dir:
 )
 def test_neurons_lie_along_channels_or_the_last_axis(module: nn.Module, shape: tuple[int, ...], axis: int) -> None:
     value = module(torch.randn(shape))
-    assert taps.feature_axis(module, value.dim()) == axis
-    tokens = taps.as_tokens(value, axis)
+    assert axes.feature_axis(module, value.dim()) == axis
+    tokens = axes.as_tokens(value, axis)
     assert tokens.shape == (2, value.numel() // 8, 4)
     torch.testing.assert_close(tokens.sum(1), value.movedim(axis, -1).reshape(2, -1, 4).sum(1))
 

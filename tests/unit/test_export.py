@@ -22,7 +22,7 @@ from steerlab import Model, cli, models, patches
 from steerlab.inputs.drawings import Drawing
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import Selection
-from steerlab.patches import ActivationPatch, CannotFold, taps
+from steerlab.patches import ActivationPatch, CannotFold, axes, taps
 from steerlab.patches.maps import AffineMap
 from steerlab.steered import export, stacks
 from steerlab.steered.drawing import SteeredPipeline
@@ -226,7 +226,7 @@ def test_a_folded_layer_computes_what_the_map_makes_of_its_output(module: nn.Mod
     for parameter in module.parameters():
         parameter.data = torch.randn_like(parameter)
     before = module(x)
-    axis = taps.feature_axis(module, before.dim())
+    axis = axes.feature_axis(module, before.dim())
     scale_D = torch.randn(before.shape[axis])
     shift_D = torch.randn_like(scale_D) * (module.bias is not None)
     expected = (before.movedim(axis, -1) * scale_D + shift_D).movedim(-1, axis)

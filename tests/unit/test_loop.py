@@ -11,7 +11,7 @@ from steerlab.inputs.tokens import IGNORED
 from steerlab.job import TrainConfig, stops
 from steerlab.methods.contract import Loss, next_token_loss
 from steerlab.training.engine import Engine
-from steerlab.training.loop import learning_rate, rows_of_step, share_of_rank
+from steerlab.training.schedule import learning_rate, rows_of_step, share_of_rank
 
 
 def test_every_epoch_sees_every_row_once_in_another_order() -> None:

@@ -16,7 +16,7 @@ from steerlab.cli import app
 from steerlab.data import mixing, rows
 from steerlab.job import DataSet
 from steerlab.stages import JobType
-from steerlab.training.loop import rows_of_step
+from steerlab.training.schedule import rows_of_step
 
 
 @pytest.fixture

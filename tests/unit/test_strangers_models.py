@@ -171,6 +171,7 @@ def resume_each(root: str) -> None:
 
     from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
     from steerlab.training import loop
+    from steerlab.training.link import Link
     from steerlab.training.request import Request
 
     torch.set_num_threads(1)
@@ -194,7 +195,7 @@ def resume_each(root: str) -> None:
                 shutil.copytree(directory, made)
 
         scale = ScaleConfig(workers=1, checkpoint_every=1)
-        link = loop.Link(0, 1, torch.device("cpu"), report, scratch=base / "scratch", latest=latest)
+        link = Link(0, 1, torch.device("cpu"), report, scratch=base / "scratch", latest=latest)
         loop.run(request, scale, link, base / output)
         return (base / output / "model" / "model.safetensors").read_bytes()
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from steerlab import patches
 from steerlab.inputs.tokens import DATA, GENERATION, INSTRUCTION, PADDING, PHASES, PROMPT, RESPONSE, ROLES
 from steerlab.job import Phase, Pooling, Selection
-from steerlab.patches import taps
+from steerlab.patches import taps, token_masks
 from steerlab.patches.maps import AffineMap
 from steerlab.patches.taps import Tap
 
@@ -87,7 +87,7 @@ ROWS = {
 def selected(side: str, chosen: Selection) -> list[list[int]]:
     """Return the positions that are selected in each row."""
     roles, phases, positions = (torch.tensor(values) for values in ROWS[side])
-    mask = taps.token_mask(chosen, roles, phases, positions, taps.prompt_lengths(roles, phases))
+    mask = token_masks.token_mask(chosen, roles, phases, positions, token_masks.prompt_lengths(roles, phases))
     return [row_positions[row].tolist() for row_positions, row in zip(positions, mask, strict=True)]
 
 
@@ -175,7 +175,7 @@ def test_masks_are_those_of_a_naive_loop() -> None:
         ) if draw(4) else selection(exclude_positions=[spans[draw(len(spans) - 1)]])  # fmt: skip
         tensors = torch.tensor([roles]), torch.tensor([phases]), torch.arange(len(roles))[None]
         ids = [draw(3) for _ in roles]
-        mask = taps.token_mask(chosen, *tensors, taps.prompt_lengths(tensors[0], tensors[1]), torch.tensor([ids]))
+        mask = token_masks.token_mask(chosen, *tensors, token_masks.prompt_lengths(tensors[0], tensors[1]), torch.tensor([ids]))
         assert mask[0].tolist() == naive_mask(chosen, roles, phases, ids), (chosen, roles, phases, ids)
 
 
@@ -196,11 +196,11 @@ def test_tokens_are_selected_by_their_ids(tiny_model: PreTrainedModel) -> None:
     ids = torch.tensor([[5, 6, 7, 5]])
     roles, positions = torch.zeros_like(ids), torch.arange(4)[None]
     arguments = roles, torch.zeros_like(ids), positions, torch.tensor([4])
-    assert taps.token_mask(by_id, *arguments, ids).tolist() == [[True, False, True, True]]
+    assert token_masks.token_mask(by_id, *arguments, ids).tolist() == [[True, False, True, True]]
     left_out = selection(exclude_token_ids=[5])
-    assert taps.token_mask(left_out, *arguments, ids).tolist() == [[False, True, True, False]]
+    assert token_masks.token_mask(left_out, *arguments, ids).tolist() == [[False, True, True, False]]
     with pytest.raises(ValueError, match="token_ids selects tokens by their ids"):
-        taps.token_mask(by_id, *arguments)
+        token_masks.token_mask(by_id, *arguments)
     with pytest.raises(ValueError, match="token_ids and exclude_token_ids leave no id"):
         selection(token_ids=[5], exclude_token_ids=[5])
     assert "token_ids" not in selection().model_dump() and "exclude_token_ids" not in selection().model_dump()
@@ -238,18 +238,18 @@ def test_pooling_is_that_of_a_loop_over_selected_tokens(pooling: Pooling, side: 
         "last": lambda rows: rows[-1],
     }[pooling]
     expected = torch.stack([reduce(z[row][mask[row]]) for row in range(5)])
-    torch.testing.assert_close(taps.pool(z, mask, pooling), expected)
+    torch.testing.assert_close(token_masks.pool(z, mask, pooling), expected)
 
 
 def test_a_median_shows_a_nan_in_a_selected_token() -> None:
     z = torch.tensor([[[1.0], [torch.nan], [3.0]]])
-    assert taps.pool(z, torch.tensor([[True, True, True]]), "median").isnan().all()
-    assert taps.pool(z, torch.tensor([[True, False, True]]), "median").tolist() == [[1.0]]
+    assert token_masks.pool(z, torch.tensor([[True, True, True]]), "median").isnan().all()
+    assert token_masks.pool(z, torch.tensor([[True, False, True]]), "median").tolist() == [[1.0]]
 
 
 def test_pooling_of_half_precision_sums_in_float32() -> None:
     z = torch.full((1, 4096, 1), 1.001, dtype=torch.bfloat16)
-    pooled = taps.pool(z, torch.ones(1, 4096, dtype=torch.bool), "mean")
+    pooled = token_masks.pool(z, torch.ones(1, 4096, dtype=torch.bool), "mean")
     assert pooled.dtype == torch.float32
     assert pooled.item() == z[0, 0].float().item()
 

@@ -21,7 +21,7 @@ from steerlab.job import DataConfig, DataSet
 from steerlab.stages import JobType, Plan
 from steerlab.steered import stacks
 from steerlab.steered.language import SteeredModel
-from steerlab.training.loop import load_rows
+from steerlab.training.training_rows import load_rows
 
 ROWS = [
     {"instruction": "Summarise the text.", "input": "The garden was quiet.", "output": "quiet"},

@@ -21,7 +21,7 @@ from steerlab.data.values import Row
 from steerlab.guards.json_values import JsonObject
 from steerlab.inputs.tokens import ROLES, Batch, Encoded
 from steerlab.job import ExtractConfig
-from steerlab.patches import taps
+from steerlab.patches import taps, token_masks
 from steerlab.steered.language import SteeredModel
 
 PADDING_SHARE = 0.125
@@ -142,7 +142,7 @@ class TextReader:
         batch = batch.to(self._model.device)
         select = self._config.select
         # Every text must give a vector: rows are matched with texts by their number, and a mean over no tokens is NaN.
-        mask_BT = taps.selected(batch, select, self._model.device)
+        mask_BT = token_masks.selected(batch, select, self._model.device)
         if not bool((some_B := mask_BT.any(1)).all()):
             number = first + int(row_B[some_B.cpu().logical_not().nonzero()[0, 0]])
             raise ValueError(
@@ -157,7 +157,7 @@ class TextReader:
             owner_M = row_B.to(mask_BT.device)[:, None].expand_as(mask_BT)[mask_BT]
             return Vectors(owner_M, batch.position_ids[mask_BT], batch.input_ids[mask_BT], batch.roles[mask_BT], values)
         values = {
-            column_name(name, pooling, poolings): taps.pool(z_BTD, mask_BT, pooling)
+            column_name(name, pooling, poolings): token_masks.pool(z_BTD, mask_BT, pooling)
             for name, z_BTD in values_BTD.items()
             for pooling in poolings
         }

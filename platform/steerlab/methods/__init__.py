@@ -46,6 +46,7 @@ TABLE: Table[Method] = Table(
     Method, "name", Entries(Method, __name__, _OWN), lambda method, config: replace(method, Config=config)
 )
 """The methods above, those of installed packages, and those of files that jobs name."""
+# Imported at its first use: the table itself loads no method and no torch.
 METHODS = TABLE.entries
 """Methods by name."""
 
@@ -53,6 +54,7 @@ METHODS = TABLE.entries
 def trained(config: MethodConfig | Mapping[str, object]) -> Trained:
     """Return the trained method of a config, which may be the JSON in a stage's parameters."""
     method = TABLE.of(config)
+    # The stage that asks is planned for such methods only: another kind here is our own mistake.
     assert isinstance(method, Trained), f"{config} trains nothing"
     return method
 

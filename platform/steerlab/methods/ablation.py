@@ -33,6 +33,7 @@ class Config(SteeringConfig):
 
     name: Literal["ablation"] = "ablation"
     """The method."""
+    # One place: r of the paper is the direction of a single layer, and it is removed at all of them.
     at: Literal["middle"] | int = "middle"
     """The extracted place that gives the direction: its number from 0, or the middle one."""
 
@@ -50,8 +51,10 @@ def direction(source_ND: Tensor, target_MD: Tensor) -> Tensor:
     check_samples(source_ND, target_MD)
     # In float64: the means are close to each other next to their size, so float32 would lose digits in the difference.
     difference_D = source_ND.double().mean(0) - target_MD.double().mean(0)
+    # |r| = 0 would give 0 / 0, and with it NaN in every activation.
     if not bool(difference_D.any()):
         raise ValueError("source and target have the same mean, so there is no direction between them")
+    # Scaled in float64, rounded once: |r| differs from 1 by 1e-7, and z - r (r . z) keeps that share of the component.
     return (difference_D / difference_D.norm()).float()
 
 
@@ -61,12 +64,14 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
     projection = LowRankMap.without(direction(source[chosen], target[chosen]))
     # The inner layers of MLPs have other widths; a direction of the residual stream says nothing about them.
     others = [name for name, values in source.items() if values.shape[1] != projection.width]
+    # Without this the first pass of the steered model would fail, on a product of a width of 576 with one of 1536.
     if others:
         raise ValueError(
             f"the direction at {chosen} has {projection.width} numbers, {others[0]} computes {source[others[0]].shape[1]}: "
             "extract places of one width, such as those that write into the residual stream"
         )
     # One direction for all places: a direction of the residual stream is the same vector at every layer.
+    # In the residual stream the directions of what a block adds and of what it reads are the same coordinates.
     return dict.fromkeys(source, projection)
 
 

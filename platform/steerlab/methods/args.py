@@ -32,6 +32,7 @@ from steerlab.methods.contract import Assembled
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
+# Patches of logits and weights do not: the states that a head reads are then those of a plain pass.
 _CHANGE_STATES = ("embedding", "activation")
 """Kinds of patches that change hidden states."""
 
@@ -41,14 +42,17 @@ class Config(MethodConfig):
 
     name: Literal["args"] = "args"
     """The method."""
+    # Both default to null, so that the method has a config without either, as all methods have one.
     reward: Source | None = None
     """Source of the reward model: a sequence classifier with one output and the model's tokenizer. Paper:
     hf:argsearch/llama-7b-rm-float32."""
     head: Source | None = None
     """Source of a safetensors file with a weight (1, D) and optionally a bias (1,): a reward head on the last hidden states of
     the model itself."""
+    # The reward is added to a log-probability: w is in nats for each unit of reward.
     weight: float = 1.5
     """w, the factor of the reward. Paper: 1.5."""
+    # k tokens side by side in one call: the cost of a step grows with k.
     candidates: int = Field(10, ge=1)
     """k, the number of likeliest tokens that are scored. Paper: 10."""
 
@@ -66,6 +70,7 @@ def assemble(config: Config, model: SteeredModel) -> patches.SavedPatch:
     Raises:
         ValueError: the reward model has another tokenizer, or the head another width; or a patch changes the model's states.
     """
+    # The reward model itself is no part of the patch: it is loaded from its source wherever the patch is attached.
     patch = patches.RewardPatch(config.reward, config.head, config.weight, config.candidates)
     if config.reward is not None:
         _check_tokenizer(config.reward, model)
@@ -73,15 +78,19 @@ def assemble(config: Config, model: SteeredModel) -> patches.SavedPatch:
     # The candidates are read without the hooks' arguments (roles, positions) of the running call.
     if any(below.kind in _CHANGE_STATES for below in model.patches):
         raise ValueError("method.head: a patch below steers the model's states, which a head would not see; use reward")
+    # Called for its checks alone: the head's width is compared here, before the job's evaluation starts.
     patch.rewards(model.model)
     return patch
 
 
 def _check_tokenizer(reward: str, model: SteeredModel) -> None:
     """Raise ValueError unless the reward model's tokenizer gives every token the id that the model's own gives it."""
+    # Token by token: two vocabularies of one size may number their tokens differently, and every reward would be that of other
+    # words.
     own = model.encoder.tokenizer.get_vocab()
     other = models.named.load_tokenizer(models.prepare(sources.fetch(reward))).get_vocab()
     # The reward model reads the ids that the model wrote. Its own may have further tokens, such as one for padding.
+    # In one direction only: tokens that the model cannot write never reach the reward model.
     different = [token for token, number in own.items() if other.get(token) != number]
     if different:
         raise ValueError(
@@ -96,17 +105,22 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         raise ValueError(
             "method.reward: this key is required by method args: the source of a reward model (or give method.head)"
         )
+    # `topk` raises in the first step of the first generation otherwise.
     if config.candidates > facts.vocab_size:
         raise ValueError(f"method.candidates {config.candidates}: the model has {facts.vocab_size} tokens")
+    # Before the start and without weights: the source is fetched, and its config read.
     try:
         if config.reward is None:
             sources.fetch(config.head or "")
             return
         num = models.check_reward_model(models.prepare(sources.fetch(config.reward)))
+    # The key of the job is named, since the message comes from the code that reads sources.
     except ValueError as error:
         raise ValueError(f"method.{'head' if config.reward is None else 'reward'}: {error}") from None
+    # More are allowed: an embedding table is often padded to a multiple of 64 or 128.
     if num < facts.vocab_size:
         raise ValueError(f"method.reward: {config.reward} has {num} tokens, the model {facts.vocab_size}: another tokenizer")
 
 
+# Without a range: the strength multiplies w, and a negative one looks for the worst candidate.
 METHOD = Assembled(Config, assemble, check=check)

@@ -46,13 +46,17 @@ class Config(Adaptable):
 
     name: Literal["aside"] = "aside"
     """The method."""
+    # pi/2 makes instruction and data embeddings of a token orthogonal, and the rotation a swap and a change of sign without
+    # rounding.
     angle_rad: Radians = math.pi / 2
     """Rotation of data tokens, radians (`pi/2` may be written so); 0 is vanilla. Paper: pi/2."""
     direction: Literal["right", "left"] = "right"
     """right: e M; left: M e, the same as right with the negative angle. Paper: right."""
+    # The released code rebuilds its d x d matrix in every step and broadcasts it; here an angle is all that changes.
     gradual: bool = False
     """Increase the angle linearly over the first epoch, or over the training if that is shorter; use `train.keep: last`,
     because an earlier checkpoint trained with a smaller angle than it is evaluated with."""
+    # P = d/2 angles. The authors' d x d matrix trains without a constraint, and stops being a rotation after the first step.
     learned: bool = False
     """Train one angle for each pair of coordinates, starting from angle_rad."""
     linear_shift: bool = False
@@ -68,8 +72,14 @@ class Aside(PatchedModel):
         self.gradual = config.gradual
         # The rotation itself is the patch's (patches/embedding.py): the evaluation applies the very same code.
         self.patch = patches.EmbeddingPatch(
-            models.embedding_shape(model)[1], config.angle_rad, config.direction, config.learned, config.linear_shift
+            # The width of the embeddings, which differs from the hidden size in models that project them.
+            models.embedding_shape(model)[1],
+            config.angle_rad,
+            config.direction,
+            config.learned,
+            config.linear_shift,
         )
+        # S of e'' = e' + S[role], (R, D).
         if self.patch.shift_RD is not None:
             # Here and not in the patch, which is also made to be filled from a file and should draw no random numbers then.
             nn.init.normal_(self.patch.shift_RD, std=_SHIFT_STD)
@@ -80,18 +90,22 @@ class Aside(PatchedModel):
         """Return the summed cross-entropy over the labelled tokens (paper, section 4: plain supervised fine-tuning)."""
         # `roles` is read by the patch's hook on the embedding, not by the model.
         logits_BTV = self.model(**batch.model_inputs, roles=batch.roles).logits
+        # `labels` decide about the prompt: the paper's loss is over all tokens, with `loss_on: response` it is over the answer.
         return next_token_loss(logits_BTV, batch.labels)
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """Set the share of the angle that a gradual rotation uses in this step."""
         # step + 1: with `step` the first step would train without any rotation.
         if self.gradual:
+            # On every worker, from the number of the step alone: no rank broadcasts a matrix, and a resumed run has the same
+            # angle.
             self.patch.progress = min(1.0, (step + 1) / steps_per_epoch)
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for a rotation on a model of odd hidden size, whose coordinates do not pair up."""
     # An angle of 0 rotates nothing, so that vanilla settings and pure shifts work on any width.
+    # The released code fails on an odd width although its docstring allows for it.
     if facts.hidden_size % 2 and (config.angle_rad or config.learned):
         raise ValueError(
             f"method.angle_rad {config.angle_rad:.4f}: a rotation needs pairs of coordinates, "

@@ -28,6 +28,7 @@ class Config(SteeringConfig):
 
     name: Literal["aura"] = "aura"
     """The method."""
+    # An expert fires on some token of a toxic text: its mean over the text would hide it.
     pooling: Pooling = "max"
     """Pooling of the activations. Paper: max."""
 
@@ -40,12 +41,14 @@ def auroc(source_ND: Tensor, target_MD: Tensor) -> Tensor:
         target_MD: values of the negative class, (M, D).
     """
     # The Mann-Whitney statistic: binary search in sorted targets takes (N + M) log M instead of N M comparisons.
+    # (D, M): `searchsorted` searches along the last axis, one neuron a row.
     target_DM = target_MD.T.contiguous().sort(dim=1).values
     # Contiguous: `searchsorted` warns of a strided input and copies it anyway.
     source_DN = source_ND.T.contiguous()
     # Number of targets below each source value, and of targets not above it; their mean counts ties as half.
     below_DN, not_above_DN = (torch.searchsorted(target_DM, source_DN, right=right) for right in (False, True))
     # Counts are whole numbers: the mean of their sum in float64 is exact, so that 0.5 is 0.5 and no neuron moves by rounding.
+    # 2 M N in the denominator: M comparisons for each of N source values, and two counts. (D,).
     return (below_DN + not_above_DN).double().mean(1) / (2 * len(target_MD))
 
 
@@ -61,6 +64,8 @@ def aura_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     """
     check_samples(source_ND, target_MD)
     # The clamp leaves neurons alone that are larger on wanted texts (AUROC below 0.5).
+    # Gini coefficient of the ROC curve: 0 for a neuron that tells nothing, 1 for a perfect expert. The scale is between 0 and
+    # 1.
     scale_D = 1 - 2 * (auroc(source_ND, target_MD) - 0.5).clamp(min=0)
     # z -> alpha z: a neuron with AUROC 1 is set to zero.
     return AffineMap(scale_D.float(), torch.zeros_like(scale_D).float())
@@ -71,4 +76,5 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
     return everywhere(aura_map, source, target)
 
 
+# Beyond strength 1 a perfect expert would change its sign.
 METHOD = Fitted(Config, _fit, strength_range=(0.0, 1.0))

@@ -34,14 +34,17 @@ class Config(SteeringConfig):
 
     name: Literal["caa"] = "caa"
     """The method."""
+    # The token of the answer is the only one at which the texts of the paper differ.
     pooling: Pooling = "last"
     """Pooling of the activations. Paper: that of one token, the letter of the answer, here the last one of a text."""
+    # The paper sweeps over layers and finds the effect in the middle; a number makes that sweep.
     at: Literal["middle", "all"] | int = "middle"
     """The extracted place that is steered: its number from 0, the middle one (where the paper's effect is largest), or all."""
 
 
 def places(at: str | int, names: list[str]) -> list[str]:
     """Return the names of the places that `at` selects. Raises ValueError for a number beyond the last place."""
+    # The paper steers one layer: vectors at all layers add up along the residual stream.
     if at == "all":
         return names
     # Places are in the model's order, so that the middle place is in a middle layer.
@@ -49,11 +52,14 @@ def places(at: str | int, names: list[str]) -> list[str]:
     # Refused only here and not with the job: how many places there are is known after the extraction.
     if not 0 <= number < len(names):
         raise ValueError(f"method.at {at}: {len(names)} places were extracted, numbered from 0")
+    # A list of one: the fit is the same for one place and for all.
     return [names[number]]
 
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
     # Places without a map get no hook and compute what they did.
+    # mean(target) - mean(source) with the scale 1. The paper's mean over pairs of differences is the same vector, as the mean
+    # is linear.
     return {name: mean_map(source[name], target[name]) for name in places(config.at, list(source))}
 
 

@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 class Loss(NamedTuple):
     """A loss as a sum over targets, so that a step is the same however its rows are split over passes and workers."""
 
+    # A sum and no mean: means of passes with different numbers of targets, averaged, are not the mean over all of them.
     total: Tensor
     """Sum over the targets of the batch; the loop divides it by the number of targets of the whole step (`counts`)."""
+    # On the device: reading a number of a GPU waits for it, which the loop does once a step.
     metrics: dict[str, Tensor]
     """Further sums over the targets, by name; the loop divides them by the same number and reports them."""
 
@@ -55,6 +57,7 @@ class Loss(NamedTuple):
 class Size(NamedTuple):
     """Memory of a training, for the estimate before it starts."""
 
+    # Beside the weights each of them has a gradient and, with Adam, two moments: the estimate multiplies this number.
     trained: int
     """Number of parameters that train."""
     more_bytes: int = 0
@@ -68,6 +71,7 @@ class Inputs:
     below: tuple[patches.SavedPatch, ...] = ()
     """Patches that the model carries already, in order. The trainee attaches them together with its own patch, which comes
     last: `patches.attach(model, [*inputs.below, self.patch])`. Empty for a model without patches."""
+    # Opened and not read: a method reads the columns that it needs.
     activations: Mapping[str, Activations] = field(default_factory=dict)
     """Extracted activations by the role of their data set (`Trained.roles_read`)."""
     prepared: Mapping[str, Path] = field(default_factory=dict)
@@ -81,14 +85,17 @@ class Trainee(nn.Module):
     from this class.
     """
 
+    # On the class: a job's data are checked before a model is loaded.
     trains_on: ClassVar[str] = "train"
     """Role of the data set whose rows are trained on."""
+    # (B, T, V) logits in float32 are often the largest tensor of a step.
     holds_logits: ClassVar[bool] = True
     """False when the loss computes logits in chunks, so that those of a batch are never in memory at once; for estimates."""
     leaves_model: ClassVar[bool]
     """Whether the artifact holds the model's own weights."""
     leaves_patch: ClassVar[bool]
     """Whether the artifact holds a patch."""
+    # `Any`: what the loop hands over depends on the kind of model, and each trainee annotates its own constructor.
     model: Any
     """A language model, or a diffusion pipeline."""
     patch: Any
@@ -100,12 +107,15 @@ class Trainee(nn.Module):
         """Return the paper's loss of one micro-batch, a `Batch` of tokens or `Drawings`."""
         raise NotImplementedError
 
+    # Hooks are empty here, not abstract: most methods need none of them.
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """Hook before step `step` (from 0), on every worker; `steps_per_epoch` is at most the number of all steps."""
 
+    # WaRP rotates the summed gradient of a step once: only the loop knows which pass is the last.
     def before_pass(self, is_last: bool) -> None:
         """Hook before each forward pass of a step; the step's gradients are complete after the last one."""
 
+    # A proximal step needs the learning rate as its step size (LinEAS).
     def after_step(self, lr: float) -> None:
         """Hook after the optimizer has moved the parameters, on every worker; `lr` is the step's learning rate."""
 
@@ -120,6 +130,7 @@ class Trainee(nn.Module):
     def model_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the model's weights to save, by name, given a trained state dict of this module; adapters are folded in."""
 
+        # The trainee's names: `model.` and `adapters.` are its submodules; `patch.` is saved by `finished`.
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
@@ -143,6 +154,7 @@ class Trainee(nn.Module):
         """
         return Size(lora.num_trained(skeleton, config.lora)) if lora.adapts(config) else None
 
+    # Called after the constructor of the method's class, which `super().__init__` cannot look into.
     def check(self, below: Sequence[patches.SavedPatch] = ()) -> None:
         """Refuse a trainee that contradicts its base class, or that left off patches of the model that it starts from.
 
@@ -159,6 +171,7 @@ class Trainee(nn.Module):
         # By identity: two patches of one kind may hold equal numbers.
         missing = [patch for patch in below if not any(patch is other for other in stack)]
         if missing:
+            # Two causes, two remedies: with weights that train there is no way to keep a patch that was made for the old ones.
             remedy = (
                 "start from a model without patches, since its own weights train; `steerlab export` folds some kinds"
                 if self.leaves_model
@@ -184,6 +197,7 @@ class WholeModel(Trainee):
     With `adapted`, low-rank adapters train, and are folded into the weights that are saved.
     """
 
+    # As class variables: the table of methods says what a job leaves behind before anything trains.
     leaves_model, leaves_patch = True, False
 
     def __init__(self, model: PreTrainedModel, adapted: lora.Lora | None = None) -> None:
@@ -233,8 +247,10 @@ class PatchAlone(Trainee):
         return self
 
 
+# The sorted values of fewer samples say nothing of a distribution; a slope through two of them is exact and meaningless.
 MIN_SAMPLES = 4
 """Smallest sample that a map is fitted on (the authors' code of LinEAS: `force_small_batch`)."""
+# In this order: a fit takes (config, source, target).
 SAMPLES = ("source", "target")
 """Roles of the data sets whose activations a closed form is fitted on."""
 Samples = Mapping[str, Tensor]
@@ -248,6 +264,7 @@ class SteeringConfig(MethodConfig):
 
     pooling: Pooling = "mean"
     """Pooling of the activations."""
+    # Apart from what is read: CAA reads one token and steers many, LinEAS steers norms and may measure elsewhere.
     steer: Selection | None = None
     """Modules and tokens on which the maps act, among the places that were read; null: all of these places, every token."""
     # Excluded at its default: keys of jobs that were written before this field stay as they are.
@@ -260,6 +277,7 @@ class SteeringConfig(MethodConfig):
 class SequentialConfig(SteeringConfig):
     """Hyperparameters of a closed form that may be fitted one place after another."""
 
+    # Causal: a place is fitted on what it will see at inference, when all earlier maps act.
     incremental: bool = True
     """Fit the maps one after another, each on activations with all earlier maps applied; false: fit all at once."""
     incremental_target: Literal["steered", "plain"] = Field("steered", exclude_if=lambda target: target == "steered")
@@ -271,12 +289,15 @@ class SequentialConfig(SteeringConfig):
 class Method:
     """One entry of the table of methods: the fields and questions that all classes share."""
 
+    # A job's `method` section is read into it; an unknown key is an error that lists its fields.
     Config: type[MethodConfig]
     """Hyperparameters; defaults are the paper's."""
     _: KW_ONLY
     # Keyword-only from here on: subclasses add required fields after `Config`, which may not follow fields with defaults.
+    # From facts and not from a model: a job is checked on a machine that cannot hold its model.
     check: Callable[[Any, ModelFacts, Job], None] = lambda config, facts, job: None
     """(config, facts about the model, job): raises ValueError for settings that cannot work, before anything starts."""
+    # A warning and no error: strengths beyond the range are extrapolations that a user may want to look at.
     strength_range: tuple[float, float] | None = None
     """Lowest and highest meaningful strength of the patch; others give a warning. None: any strength."""
     kinds: tuple[str, ...] = ("causal_lm",)
@@ -360,6 +381,7 @@ class Prompted(Method):
 class Assembled(Method):
     """A method whose patch is made of what its config names; nothing is trained and no activation is read."""
 
+    # With the model in memory: whether a tokenizer or a width fits is known only there.
     assemble: Callable[[Any, SteeredModel], patches.SavedPatch]
     """(config, the model that the patch is for) -> the patch. Raises ValueError if the two do not go together."""
 
@@ -374,8 +396,10 @@ class Trained(Method):
     module: type[Trainee]
     """The trainee, constructed as `module(model, config, inputs)`; it attaches its patch to the model."""
     _: KW_ONLY
+    # Extracted by a stage of their own, which other jobs on the same texts and model share.
     roles_read: tuple[str, ...] = ()
     """Roles of the data sets whose activations are extracted first. Needs a config derived from `SteeringConfig`."""
+    # A function of names and shapes: stages are planned, and their memory estimated, before any weight is loaded.
     preparations: Callable[[Any, PreTrainedModel, Prepare], tuple[str, ...]] | None = None
     """(config, the model's modules without weights, prepare) -> names of the preparations that the training reads. It declares
     the stages before the training (preparations.py) and raises ValueError for one that cannot be made. None: there are none."""
@@ -428,6 +452,7 @@ class Fitted(Method):
     """A method that computes its maps in closed form from source and target activations."""
 
     Config: type[SteeringConfig]
+    # By place, in the order in which the model runs them; a place without a map is left out.
     fit: Callable[[Any, Samples, Samples], Mapping[str, Map]]
     """(config, source, target) -> maps by place. It is called once with all places, or once for each (`walks`), and must give
     the same maps either way for the same samples."""
@@ -441,11 +466,13 @@ class Fitted(Method):
     shared_example: ClassVar[str | None] = "jobs/tiny/act.yaml"
 
     def __post_init__(self) -> None:
+        # `steer`, `inverse` and `pixels` are read of every closed form's config by the stage that makes the patch.
         if not issubclass(self.Config, SteeringConfig):
             raise TypeError(f"{self.Config.__name__} of a closed form: derive it from SteeringConfig")
 
     def reads(self, config: MethodConfig) -> tuple[str, ...]:
         """Return the roles of the samples that are extracted first: those that the fit does not read itself (`walked`)."""
+        # Both at once where maps are fitted at once; of a sequential fit only what is read from the plain model.
         return tuple(role for role in SAMPLES if role not in self.walked(config))
 
     def walked(self, config: MethodConfig) -> tuple[str, ...]:
@@ -454,6 +481,7 @@ class Fitted(Method):
         if not self.walks(config):
             return ()
         assert isinstance(config, SequentialConfig)
+        # The source is walked in either case, since its activations behind a fitted map exist only with that map.
         return SAMPLES if config.incremental_target == "steered" else ("source",)
 
 
@@ -480,12 +508,15 @@ def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Loss:
         labels_BT: token ids, (B, T), `IGNORED` where a token is not a target; position t is predicted from t - 1.
     """
     # A prediction is never IGNORED, so positions that are no targets never count as right.
+    # (B, T - 1): logits of position t - 1 against the label of t. Without gradients, as an argmax has none.
     is_right_BT = logits_BTV[:, :-1].detach().argmax(-1) == labels_BT[:, 1:]
     return Loss(language_modelling_loss(logits_BTV, labels_BT), {"token_accuracy": is_right_BT.float().sum()})
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that receive gradients, by name."""
+    # In the order of registration, which the optimizer's state in a checkpoint relies on. Tied weights come once, under their
+    # first name.
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
@@ -498,6 +529,7 @@ def train_everything(model: PreTrainedModel) -> None:
 
 def train_weights(model: PreTrainedModel, adapted: lora.Lora | None) -> lora.Adapters | None:
     """Let every weight receive gradients, or add low-rank adapters that train instead and return them."""
+    # `Adapters` freezes the model itself before it adds what trains.
     if adapted is not None:
         return lora.Adapters(model, adapted)
     train_everything(model)
@@ -551,7 +583,9 @@ def check_samples(source_ND: Tensor, target_MD: Tensor) -> None:
             raise ValueError(f"the {side} has {len(x)} samples; a distribution needs {MIN_SAMPLES} or more")
         # One NaN would make the map of its neuron NaN, and with it every logit.
         if not bool(x.isfinite().all()):
+            # The first one: a place is named by the caller, and one position is enough to look at.
             row, neuron = (int(i) for i in (~x.isfinite()).nonzero()[0])
             raise ValueError(f"the {side} activation of row {row}, neuron {neuron} is {float(x[row, neuron])}")
+    # Two places of different width, or two models: a map cannot have both.
     if source_ND.shape[1] != target_MD.shape[1]:
         raise ValueError(f"source and target have {source_ND.shape[1]} and {target_MD.shape[1]} neurons")

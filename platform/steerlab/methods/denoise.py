@@ -35,12 +35,14 @@ class Config(MethodConfig):
 
     name: Literal["denoise"] = "denoise"
     """The method."""
+    # p_uncond of algorithm 1. At 0 nothing learns the empty prompt, and guidance would extrapolate from noise.
     drop_prompt: float = Field(0.1, ge=0, lt=1)
     """Share of rows that train without their prompt; 0 keeps every prompt. Ho and Salimans: 0.1 to 0.2."""
     seed: Seed = 0
     """Seed of the noise, the timesteps and the choice of rows without a prompt."""
 
 
+# By the row's number in the data and not its place in the batch: 2 workers with 4 rows draw what 1 worker with 8 draws.
 def _row_seed(seed: int, step: int, number: int) -> int:
     """Return the seed of one row in one step."""
     # 24 bits for the row's number; torch takes seeds of 64 bits and raises beyond.
@@ -57,11 +59,14 @@ class Denoise(WholeModel):
         if model.architecture != "PixelPipeline":
             raise ValueError(f"method denoise trains the embedded models, which draw pixels; this is a {model.architecture}")
         self.config = config
+        # alpha_t and sigma_t are those of its noise schedule.
         self._scheduler = model.pipeline.scheduler
+        # Of the step and not of a pass: the passes of a step have different rows, whose numbers are in their seeds.
         self._step = 0
 
     def forward(self, batch: Drawings) -> Loss:
         """Return the squared error of the predictions, a mean over pixels and a sum over images (DDPM, eq. 14)."""
+        # (B, C, H, W)
         assert batch.images is not None, "the data are images"
         x_BCHW = batch.images
         t_B, noise_BCHW, with_prompt_B = self._draws(batch, x_BCHW)
@@ -80,6 +85,7 @@ class Denoise(WholeModel):
         # In float32: squares of small errors underflow in half precision.
         # A mean over pixels first: an image counts 1, whatever its size, as `counts` says.
         error_B = (predicted.float() - target_BCHW.float()).square().flatten(1).mean(1)
+        # (B,) summed: the loop divides by the images of the whole step.
         return Loss(error_B.sum(), {})
 
     def _draws(self, batch: Drawings, x_BCHW: Tensor) -> tuple[Tensor, Tensor, list[bool]]:
@@ -89,6 +95,7 @@ class Denoise(WholeModel):
             # A generator for each row, on the CPU: the draws depend neither on the other rows of the pass nor on the device.
             generator = torch.Generator().manual_seed(_row_seed(self.config.seed, self._step, number))
             # Always in this order, and the prompt's draw last: another `drop_prompt` leaves timesteps and noise as they were.
+            # Uniform over the timesteps of training, of which a sampler uses a few: eq. 14 weighs all of them alike.
             times.append(int(torch.randint(self._scheduler.config.num_train_timesteps, (), generator=generator)))
             noise.append(torch.randn(x_BCHW.shape[1:], generator=generator))
             with_prompt.append(float(torch.rand((), generator=generator)) >= self.config.drop_prompt)

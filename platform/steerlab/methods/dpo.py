@@ -47,10 +47,12 @@ class Config(pair_losses.PairLossConfig):
 
     name: Literal["dpo"] = "dpo"
     """The method."""
+    # At 0 every margin is 0: the loss is log 2 and has no gradient.
     beta: float = Field(0.1, ge=0)
     """Inverse scale of the margin: the loss saturates at margins of several 1 / beta nats. Paper: 0.1 (0.5 for summaries)."""
     length_average: bool = False
     """Use the mean of the log ratios over the tokens of a response instead of their sum."""
+    # With adapters the reference is the model with its adapters off: no second copy of the weights, and a patch of low rank.
     lora: Lora | None = None
     """Train low-rank adapters; {} takes their defaults. Null trains all weights."""
 
@@ -66,12 +68,15 @@ class Dpo(PatchAlone):
         if any(patch.kind == "weight" for patch in inputs.below):
             raise ValueError("model.source: the model's weights are patched already; `steerlab export` makes them its own")
         self.config = config
+        # log pi_ref depends on no trained weight, so that it could be computed once; kept as a model, rows need not be stored.
         self.reference: PreTrainedModel | None = None
         if config.lora is None:
             # The copy is taken before any hook is attached: a copied hook would act on the original's modules.
             # A submodule, so that it moves to the device with the policy; without gradients, so that it is neither trained nor
             # saved.
             self.reference = copy.deepcopy(model).requires_grad_(False)
+            # A copy of the patches, too: a patch moves to the device of its model, and its hooks read the arguments of one
+            # model's call.
             patches.attach(self.reference, copy.deepcopy(inputs.below))
             train_everything(model)
         # Before the patches below are attached: an adapter takes the place of its layer, and a map that hooks the layer itself
@@ -94,12 +99,14 @@ class Dpo(PatchAlone):
         # Before the policy's pass: peft 0.21 takes `requires_grad` from adapters that are off, and gives it back afterwards.
         with torch.no_grad(), self._reference() as reference:
             reference_N = scoring.log_probs(reference, batch, tokens)
+        # log pi(y_t) of the response tokens alone, (N,): logits are computed for these, and not for prompts and padding.
         policy_N = scoring.log_probs(self.model, batch, tokens)
         # The reward of a response is beta sum_t (log pi - log pi_ref)(y_t), the argument of sigmoid in eq. 7 their difference.
         config = self.config
         # Differences of the tokens first, sums second: the sums of policy and reference are close and hundreds of nats large.
         pairs = pair_losses.compare(policy_N, reference_N, tokens, config.beta, config.length_average)
         loss_P = pair_losses.loss(pairs.margin_P, config.beta, config)
+        # A sum over pairs; the loop divides it by the pairs of the step, over all passes and workers.
         return Loss(pair_losses.total(pairs, loss_P, config).sum(), pairs.metrics())
 
     @classmethod
@@ -120,6 +127,7 @@ class Dpo(PatchAlone):
     def _reference(self) -> Iterator[PreTrainedModel]:
         """Yield the model as it was at the start of the training."""
         if isinstance(self.patch, Adapters):
+            # The adapters are off within the reference's pass only: the policy's pass, and its backward pass, need them.
             with self.patch.off():
                 yield self.model
         else:
@@ -138,7 +146,9 @@ class Dpo(PatchAlone):
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for bfloat16 weights without float32 copies, and for ZeRO 3."""
     if config.lora is None:
+        # Whole weights train here, whose small updates bfloat16 would round away; adapters are float32.
         check_masters(job)
+    # W - W_ref at the end needs both whole: ZeRO 3 leaves each rank a shard of them.
     if job.scale.zero_stage == 3:
         raise ValueError("scale.zero_stage 3: the differences to the reference are taken of whole weights; use 0, 1 or 2")
 

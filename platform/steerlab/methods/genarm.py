@@ -45,10 +45,12 @@ class Config(MethodConfig):
 
     name: Literal["genarm"] = "genarm"
     """The method."""
+    # Only a scale of the margin in training; the strength 1 / beta_decode of the inference is chosen afterwards.
     beta: float = Field(0.1, ge=0)
     """Inverse scale of the reward difference: the loss saturates at differences of several 1 / beta nats."""
     length_average: bool = False
     """Use the mean log-likelihood over the tokens of a response instead of the sum."""
+    # A shallower reward model is the cheaper one at every token, which is what a second model costs.
     num_layers: int | None = Field(None, ge=1)
     """Number of the base's first decoder layers that the reward model keeps; null keeps all of them."""
     lora: Lora | None = None
@@ -67,12 +69,14 @@ class Genarm(PatchAlone):
         second = copy.deepcopy(model) if config.num_layers is None else models.first_layers(model, config.num_layers)
         super().__init__(model)
         self.config = config
+        # A submodule: it moves to the device and changes its mode with the trainee, whose parameters it holds.
         self.second = second
         self.patch: nn.Module
         if config.lora is None:
             train_everything(second)
             # `of` takes no copy: what trains is the very model that the patch runs.
             self.patch = second_patch = patches.SecondModelPatch.of(second)
+            # After the patches below: log pi_r is added to the logits of the steered base.
             patches.attach(model, [*inputs.below, second_patch])
         else:
             # The adapters are inside the reward model; they become a SecondModelPatch in `finished` only.
@@ -87,6 +91,7 @@ class Genarm(PatchAlone):
         log_prob_N = scoring.log_probs(self.second, batch, tokens)
         # r(x, y) is a sum of log pi_r: DPO's reward without a reference.
         pairs = pair_losses.compare(log_prob_N, None, tokens, self.config.beta, self.config.length_average)
+        # A Bradley-Terry model of the pair: sigmoid(r_w - r_l) is the probability that the chosen response is preferred.
         return Loss(pair_losses.loss(pairs.margin_P, self.config.beta).sum(), pairs.metrics())
 
     @classmethod
@@ -102,10 +107,13 @@ class Genarm(PatchAlone):
         per_layer = sum(parameter.numel() for parameter in skeleton.get_submodule(layers[0]).parameters())
         num_layers = len(layers) if config.num_layers is None else config.num_layers
         # Embeddings and head stay whole: only decoder layers are cut.
+        # Every decoder layer is taken to have as many weights as the first.
         num = total - (len(layers) - num_layers) * per_layer
+        # Without adapters all of the reward model trains, and nothing of it is only held.
         if config.lora is None:
             return Size(num)
         # Adapters sit in every layer alike, so that their number falls in proportion.
+        # 4 bytes a weight: the frozen reward model is float32 at most.
         return Size(num_trained(skeleton, config.lora) * num_layers // len(layers), 4 * num)
 
     def finished(self, state: dict[str, Tensor]) -> patches.SecondModelPatch:
@@ -114,6 +122,8 @@ class Genarm(PatchAlone):
         patch = patches.SecondModelPatch(dict(models.config_of(self.second)))
         # Adapters are folded in, so that inference runs a plain model without peft.
         if not isinstance(self.patch, Adapters):
+            # `state` comes from the engine: under ZeRO with bfloat16 it holds the float32 copies, which the model's own weights
+            # are not.
             patch.load_state_dict(state)
             return patch
         # Loaded first and folded second: adapters are differences to the weights that they were trained on.
@@ -131,6 +141,7 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for settings from which the reward model cannot be made, or under which it cannot be trained."""
+    # As many layers as the model has are all of them, for which null is the one spelling and the one key.
     if config.num_layers is not None and config.num_layers >= facts.num_layers:
         raise ValueError(f"method.num_layers {config.num_layers}: the model has {facts.num_layers}; null takes all of them")
     if config.lora is None:

@@ -56,6 +56,7 @@ from steerlab.storage.tensors import Parts, Shape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# alpha 2 is the strongest preset of the authors' code.
 _STRENGTHS = (0.0, 2.0)
 
 
@@ -64,23 +65,28 @@ class Config(pair_losses.PairLossConfig):
 
     name: Literal["iav"] = "iav"
     """The method."""
+    # (V + D) rank numbers instead of V D: 0.6 million at rank 16 for V 32,000 and D 4,096, where a full matrix has 131 million.
     head: Literal["linear", "low_rank", "mlp"] = "linear"
     """linear: a full V x D matrix (seed); low_rank: V x rank times rank x D; mlp: one hidden layer of `rank`, not foldable."""
     rank: int = Field(64, ge=1)
     """Rank of low_rank, or hidden units of mlp; linear ignores it."""
+    # Only a function of what W takes folds into W: an earlier h passes through the layers between.
     layer: int | None = Field(None, ge=0)
     """Decoder layer, from 0, whose output the vector is computed from, not foldable; null: the input of the language modelling
     head (seed)."""
     beta: float = Field(0.1, ge=0)
     """Inverse scale of the margin: the loss saturates at margins of several 1 / beta nats. Seed: 0.1."""
+    # Without the term DPO alone limits how far pi_z moves, and only on the responses of the data.
     lambda_kl: float = Field(0.1, ge=0)
     """Weight of KL(policy || base) in nats per response token; 0 leaves the term out. Seed: 0.1."""
+    # |a|^2 and not |a|: its gradient vanishes at a = 0, where the training starts, and that of the norm has no value there.
     lambda_l2: float = Field(0.01, ge=0)
     """Weight of the vector's squared norm per response token; 0 leaves the term out. Seed: 0.01."""
     length_average: bool = False
     """Use means over a response's tokens instead of sums, as the seed does: long responses weigh no more than short ones."""
     reference_free: bool = Field(False, exclude_if=lambda free: not free)
     """Leave log pi_Wh out of the margin, as the seed does; only the penalties then keep the policy near the base."""
+    # (N, D) in the model's dtype: 8 KB a token at D 4,096 in bfloat16, for every response token of the data.
     cache: bool = False
     """Compute the hidden states of all response tokens once and store them on disk in the model's dtype, where the training
     reads them. The loss of data.validation still runs the model."""
@@ -105,6 +111,7 @@ class Iav(PatchAlone):
         vocab_size, hidden_size = models.linear_shape(models.head(model))
         # The patch refuses a linear head with a rank; in a job `rank` has a default, which linear ignores.
         rank = 0 if config.head == "linear" else config.rank
+        # `up` is V x K and zero: a(h) = 0 for any h, and the first loss is log 2.
         self.patch = patches.LogitPatch(hidden_size, vocab_size, config.head, rank, config.layer, _STRENGTHS)
         patches.attach(model, [*inputs.below, self.patch])
         # Reads above the patches below: h is what the head gets of the model that is steered.
@@ -131,10 +138,12 @@ class Iav(PatchAlone):
         scores = scoring.scores(models.head(self.model), states.last_ND, features_NK, up_VK, tokens.target_N)
         # log pi_z - log pi_Wh of the same pass: the frozen head is the reference (first term of L).
         reference_N = None if config.reference_free else scores.reference_N
+        # Token by token, then summed: (N,) to (P,).
         pairs = pair_losses.compare(scores.log_prob_N, reference_N, tokens, config.beta, config.length_average)
         loss_P = pair_losses.total(pairs, pair_losses.loss(pairs.margin_P, config.beta, config), config)
         kl_P, square_P = (pair_losses.mean_of_pairs(x_N, tokens) for x_N in (scores.kl_N, scores.square_N))
         # The penalties are means over both responses of a pair, so that all three terms are summed over pairs.
+        # All of eq. L in the module docstring; a zero weight leaves its term at 0 times a finite number.
         total = (loss_P + config.lambda_kl * kl_P + config.lambda_l2 * square_P).sum()
         # The terms by themselves, too: a falling total may hide a growing divergence.
         terms = {"preference": loss_P, "kl": kl_P, "square": square_P}
@@ -161,6 +170,7 @@ class Iav(PatchAlone):
         assert self._cache is not None
         numbers = batch.numbers[::2].tolist()  # a pair is two consecutive sequences with the same row number
         states = [
+            # In the order of the batch's pairs, chosen before rejected, which is that of `scoring.predicted`. (N, D).
             torch.cat(self._cache.tensors([f"{number}/{name}" for number in numbers])).to(batch.labels.device)
             for name in _names(self.config.layer)
         ]
@@ -180,6 +190,7 @@ class Iav(PatchAlone):
 
         # Registered after the patch's hook, which adds zeros before the training: both outputs are those with the patch.
         handle = models.head(self.model).register_forward_hook(keep)
+        # Roles and phases of a plain prompt: a patch below may ask for them.
         zeros = torch.zeros_like(ids)
         logits_BTV = self.model(input_ids=ids, position_ids=ids, roles=zeros, phases=zeros, use_cache=False).logits
         handle.remove()
@@ -223,6 +234,7 @@ class Hidden:
         """Yield the states of the pairs of a batch, by name."""
         tokens = scoring.predicted(batch)
         states = self._read(batch, tokens)
+        # (N,): the row number of each response token.
         number_N = batch.numbers[tokens.sequence_N]
         # The two sequences of a pair follow each other and have one number, so a run of equal numbers is one pair.
         numbers, sizes = (values.tolist() for values in number_N.unique_consecutive(return_counts=True))
@@ -262,8 +274,10 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
         raise ValueError(f"layer {config.layer}: {type(skeleton).__name__} has the layers 0 to {num_layers - 1}")
     if not config.cache:
         return ()
+    # Only what the states depend on: a sweep over beta or lambda shares one cache.
     params = _HiddenParams(layer=config.layer, batch_tokens=config.batch_tokens, rows_per_shard=config.rows_per_shard)
     width = models.linear_shape(models.head(skeleton))[1]
+    # Two tensors a token with `layer`: the tapped state, and the one that W maps to the reference.
     prepare.keep_of_rows("hidden", 2, "preference", params.model_dump(mode="json"), Hidden, width * len(_names(config.layer)))
     return ("hidden",)
 

@@ -35,6 +35,7 @@ class Config(MethodConfig):
 def assemble(config: Config, model: SteeredModel) -> patches.SavedPatch:
     """Return the patch of the file. Raises ValueError if it is damaged, or for another model."""
     assert config.source is not None, "`check` has refused a job without it"
+    # With the model: a control vector names layers by number, and an adapter weights by name, which only a model can resolve.
     return foreign.read(sources.fetch(config.source), model.model)
 
 
@@ -42,10 +43,12 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for a file that does not exist, is damaged, or is for a model of another width or depth."""
     if config.source is None:
         raise ValueError("method.source: this key is required by method imported: the source of a patch")
+    # Before the start, by header and shapes alone: the tensors may be as large as a model.
     try:
         foreign.check(sources.fetch(config.source), facts.hidden_size, facts.num_layers)
     except ValueError as error:
         raise ValueError(f"method.source: {error}") from None
 
 
+# Without a range: the file's author chose what strength 1 means.
 METHOD = Assembled(Config, assemble, check=check)

@@ -29,6 +29,7 @@ class Config(Adaptable):
 
     name: Literal["ise"] = "ise"
     """The method."""
+    # As ASIDE's code draws them, whose checkpoint lacks the vectors; at 0 the first step starts from the model itself.
     init_std: float = Field(0.02, ge=0)
     """Standard deviation of the initial segment vectors; 0 starts from the unchanged model."""
 
@@ -43,6 +44,7 @@ class Ise(PatchedModel):
         self.patch = patches.EmbeddingPatch(models.embedding_shape(model)[1], shift=True)
         # S of the module docstring, one row for each role.
         assert self.patch.shift_RD is not None
+        # Drawn here and not in the patch, which is also made to be filled from a file. (R, D): a row for each role.
         nn.init.normal_(self.patch.shift_RD, std=config.init_std)
         # `inputs.below` is empty: the model's own weights train only if it carries no patch.
         patches.attach(model, [self.patch])
@@ -54,4 +56,5 @@ class Ise(PatchedModel):
         return next_token_loss(logits_BTV, batch.labels)
 
 
+# Without a check: a shift pairs no coordinates, so that any hidden size will do.
 METHOD = Trained(Config, Ise, example="jobs/tiny/ise.yaml")

@@ -39,10 +39,13 @@ class Config(SteeringConfig):
     """The method."""
     pooling: Pooling = "mean"
     """Pooling of the activations. AcT paper: mean; ITI paper: that of the last token."""
+    # The paper's 15 belongs to single heads; over whole modules of every layer shifts of that length add up.
     alpha: float = Field(1.0, gt=0)
     """Length of the shift at strength 1, in standard deviations along the direction."""
+    # K of the paper counts heads; ITI-c of the AcT paper has no choice of places.
     top_k: int | None = Field(None, ge=1)
     """Number of places that are steered, those with the most accurate probes; null steers all of them (ITI-c)."""
+    # C = 1 is scikit-learn's default. With more features than texts a probe without a penalty has no finite optimum.
     ridge: float = Field(1.0, gt=0)
     """Weight of the L2 penalty on the probe's coefficients (1/C in scikit-learn)."""
 
@@ -67,6 +70,7 @@ def probe(source_ND: Tensor, target_MD: Tensor, ridge: float = 1.0) -> tuple[Ten
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    # A NaN would make the solver raise an error that does not name the place.
     check_samples(source_ND, target_MD)
     # scikit-learn would compute in float32 if it got it, and neighbouring neurons are nearly collinear.
     x_SD = torch.cat([source_ND, target_MD]).double().numpy()
@@ -76,11 +80,15 @@ def probe(source_ND: Tensor, target_MD: Tensor, ridge: float = 1.0) -> tuple[Ten
     # may end before the solver has converged on thousands of features.
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1 / ridge, max_iter=1000))
     # A fixed shuffle: equal samples give equal accuracies, and with them the same places.
+    # Stratified: with 4 texts on a side an unlucky fold could hold one class alone, on which an accuracy means nothing.
     folds = StratifiedKFold(min(_FOLDS, len(source_ND), len(target_MD)), shuffle=True, random_state=0)
     accuracy = float(cross_val_score(model, x_SD, y_S, cv=folds).mean())
+    # Fitted again on all texts: the folds are for the accuracy alone.
     scaler, logistic = (step for _, step in model.fit(x_SD, y_S).steps)
     # The coefficients belong to standardised features (x - mean) / scale: in units of x they are divided by the scale.
     direction_D = torch.from_numpy(logistic.coef_[0] / scaler.scale_)
+    # Division by the scale turns a normal of standardised features into one of x; the intercept moves the plane and not the
+    # direction.
     return direction_D / direction_D.norm(), accuracy
 
 
@@ -96,11 +104,13 @@ def iti_map(source_ND: Tensor, target_MD: Tensor, direction_D: Tensor, alpha: fl
     # Over both samples, so that the shift is in units of the spread of all texts; divided by their number (authors' code).
     # sigma of section 4: with it alpha means the same at places of small and of large activations.
     sigma = (torch.cat([source_ND, target_MD]).double() @ direction_D).std(correction=0)
+    # (D,), the same for every token: with scale 1 it folds into a bias.
     shift_D = alpha * sigma * direction_D
     return AffineMap(torch.ones_like(shift_D).float(), shift_D.float())
 
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
+    # Each place by itself: a probe on joined places would have one direction across layers, and one accuracy.
     probes = {name: probe(source[name], target[name], config.ridge) for name in source}
     # The sort is stable: of equally accurate probes those of earlier places are taken.
     # `[:None]` takes all of them (ITI-c).

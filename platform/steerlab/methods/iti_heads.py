@@ -41,10 +41,13 @@ class Config(SteeringConfig):
     """Pooling of the activations. Paper: that of the last token."""
     direction: Literal["mean", "probe"] = Field("mean", exclude_if=lambda direction: direction == "mean")
     """Direction of the shift. mean: the difference of the means (paper's best: mass mean shift); probe: that of the probe."""
+    # A setting: the input of a projection is a matrix without a mark where one head ends.
     heads: int = Field(1, ge=1)
     """Number of heads H at each place; 1 takes the whole place as one head."""
+    # Of all heads of all places, as in the paper, where some layers have many of them and most have none.
     top_k: int = Field(48, ge=1)
     """Number of heads K, over all places, that are shifted. Paper: 48 of 1,024."""
+    # Of a shift in one head's own space, before W_O; the units are those of its projections on theta_h.
     alpha: float = Field(15.0, gt=0)
     """Length of the shift at strength 1, in standard deviations along the direction. Paper: 15."""
     ridge: float = Field(1.0, gt=0)
@@ -54,6 +57,7 @@ class Config(SteeringConfig):
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
     shifts, accuracies = {}, {}
     for name in source:
+        # `chunk` would make heads of unequal size without a word.
         if source[name].shape[1] % config.heads:
             raise ValueError(
                 f"method.heads {config.heads}: {name} has {source[name].shape[1]} numbers, which are not so many heads"
@@ -62,12 +66,15 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
         pairs = zip(source[name].chunk(config.heads, 1), target[name].chunk(config.heads, 1), strict=True)
         for head, (a_Nd, b_Md) in enumerate(pairs):
             # The probe ranks the heads, whichever direction the shift follows.
+            # (N, d) against (M, d): a probe of one head sees d numbers and no others.
             theta_d, accuracies[name, head] = iti.probe(a_Nd, b_Md, config.ridge)
             if config.direction == "mean":
                 theta_d = -direction(a_Nd, b_Md).double()  # `direction` points from target to source
             # alpha sigma_h theta_h of every head; those that are not chosen are multiplied by 0 below.
+            # sigma_h over both samples, as in `iti`; (d,).
             shifts[name, head] = iti.iti_map(a_Nd, b_Md, theta_d, config.alpha).shift_D
     # Over all places together: a place may have several of the K heads, or none.
+    # A stable sort: among equally accurate heads those of earlier places come first, so that the same data give the same heads.
     best = set(sorted(accuracies, key=lambda place: -accuracies[place])[: config.top_k])
     maps = {}
     for name in source:

@@ -40,15 +40,15 @@ from steerlab import models, patches
 from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import Job, Pooling, Selection
 from steerlab.methods.contract import ANY_KIND, MIN_SAMPLES, Inputs, Loss, PatchAlone, SteeringConfig, Trained, check_roles
-from steerlab.methods.math.gathering import whole_batch
-from steerlab.methods.transport import Coupling, coupling
+from steerlab.methods.math.coupling import batch_distance
 from steerlab.models import ModelFacts
-from steerlab.patches import taps
+from steerlab.patches import taps, token_masks
 from steerlab.patches.maps import AffineLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# T_s mixes the map with the identity; beyond 1 it would overshoot the distribution that the maps were trained to reach.
 _STRENGTHS = (0.0, 1.0)
 
 
@@ -61,10 +61,13 @@ class Config(SteeringConfig):
     """Modules and tokens on which the maps act. Paper: the norms after attention (language models)."""
     pooling: Pooling = "mean"
     """Pooling of a text's activations into one vector. Paper: mean."""
+    # Adam's steps do not depend on a factor of the loss, but for its epsilon; SGD's do.
     reduction: Literal["paper", "code"] = "paper"
     """paper: mean over samples, sum over neurons and places; code: sum over samples, mean over neurons and places."""
     criterion: Literal["w2", "w1"] = Field("w2", exclude_if=lambda criterion: criterion == "w2")
     """Distance of two distributions. w2: mean squared difference of sorted values (paper); w1: mean absolute difference."""
+    # R is no part of the loss that is differentiated: its kinks at w = 1 and b = 0 are what sets neurons exactly to the
+    # identity.
     gamma: float = Field(0.0, ge=0)
     """Weight of the penalty R; 0 turns it off. Paper: up to 0.1."""
     l1: float = Field(1.0, ge=0)
@@ -77,6 +80,7 @@ class Config(SteeringConfig):
     """Weight of the group term of the shifts b; null: `group`."""
     threshold: float = Field(1e-5, ge=0)
     """A neuron counts as steered if |w - 1| or |b| exceeds this."""
+    # The proximal step shrinks what it keeps, too: without the penalty the kept neurons can reach the target.
     refit_from: int | None = Field(None, ge=1)
     """Step from which the penalty is off and the neurons that it set to the identity stay there; null: never."""
 
@@ -112,6 +116,7 @@ class Lineas(PatchAlone):
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
         self.config = config
+        # eta of section 3.2: read once, from the model without the maps.
         target = inputs.activations["target"]
         # Compared without patches: the model may carry some that the target was read without.
         if target.origin.fingerprint != models.fingerprint(model):
@@ -137,7 +142,6 @@ class Lineas(PatchAlone):
         # After the maps are attached, since hooks run in the order of registration: a steered place is measured with its map.
         self._read = taps.Reader(model, places, self.measured.side)
         self._refits = False
-        self._pairs: dict[int, Coupling] = {}
 
     def train(self, mode: bool = True) -> Lineas:
         """Set the maps' training mode; the model stays in evaluation mode unless it uses gradient checkpointing."""
@@ -149,41 +153,23 @@ class Lineas(PatchAlone):
     def forward(self, batch: Batch) -> Loss:
         """Return this worker's part of the loss: that of the matched pairs whose source row is its own (section 3.2)."""
         # Runs up to the last measured place: neither later layers nor the logits of a whole vocabulary are computed.
+        # z of each measured place, (B, T, D), with all maps applied and with gradients.
         values = self._read(**batch.patched_inputs)
-        tokens_BT = taps.selected(batch, self.measured, self.model.device)
+        tokens_BT = token_masks.selected(batch, self.measured, self.model.device)
         _check_selected(tokens_BT)
-        pooled_BS = torch.cat([taps.pool(z_BTD, tokens_BT, self.config.pooling) for z_BTD in values.values()], 1)
-        rows_NS, first = whole_batch(pooled_BS)
-        # All target texts take part in every step, also if there are more of them than source rows.
-        pairs = self._coupling(len(rows_NS))
-        # Optimal transport in one dimension matches sorted values; the sort's gradient goes back to the unsorted ones.
-        sorted_SN, row_SN = rows_NS.T.contiguous().sort(dim=1)
-        # W2^2 as a weighted sum over matched pairs, for every neuron.
-        # The matching itself has no gradient: it is constant between two crossings of sorted values.
-        gap_SK = _paired(sorted_SN, pairs.source_K) - _paired(self.target_SM, pairs.target_K)
-        weight_K = pairs.weight_K.to(gap_SK.dtype)
-        if len(rows_NS) == len(pooled_BS):
-            distance_S = self._cost(gap_SK) @ weight_K
-        else:
-            # Every worker sorts all rows; each pair is counted by the one worker that holds its source row.
-            row_SK = _paired(row_SN, pairs.source_K)
-            own_SK = (row_SK >= first) & (row_SK < first + len(pooled_BS))
-            distance_S = (self._cost(gap_SK) * own_SK) @ weight_K
+        # All neurons of all places side by side: one sort for all of them.
+        pooled_BS = torch.cat([token_masks.pool(z_BTD, tokens_BT, self.config.pooling) for z_BTD in values.values()], 1)
+        # W2^2 of every neuron (or W1, `criterion`), between the whole batch and the target.
+        distance_S, num_rows = batch_distance(pooled_BS, self.target_SM, self._cost)
         # The loop divides by the N rows of the whole step: N times the mean gives the paper's mean over samples, N * N times
         # the mean the code's sum over samples.
-        per_row = len(rows_NS) if self.config.reduction == "paper" else len(rows_NS) ** 2
+        per_row = num_rows if self.config.reduction == "paper" else num_rows**2
         loss_S = per_row * self.factor_S * distance_S
         return Loss(loss_S.sum(), self._metrics(loss_S.detach(), len(pooled_BS)))
 
-    def _coupling(self, num_rows: int) -> Coupling:
-        """Return the matched pairs of so many sorted rows and the target, on the target's device; copied there once."""
-        if num_rows not in self._pairs:
-            pairs = coupling(num_rows, self.target_SM.shape[1])
-            self._pairs[num_rows] = Coupling(*(values_K.to(self.target_SM.device) for values_K in pairs))
-        return self._pairs[num_rows]
-
     def _cost(self, gap_SK: Tensor) -> Tensor:
         """Return the cost of each matched pair by its difference (`criterion`)."""
+        # p = 2 or p = 1 of the p-Wasserstein distance, to the power p: no root, whose gradient is infinite at 0.
         return gap_SK.square() if self.config.criterion == "w2" else gap_SK.abs()
 
     def _metrics(self, loss_S: Tensor, num_rows: int) -> dict[str, Tensor]:
@@ -241,6 +227,7 @@ class Lineas(PatchAlone):
                 # The step size is the learning rate (module docstring).
                 l1_21, group_21 = (lr * weight_21.to(layer.scale) for weight_21 in self.config.penalty_21)
                 moved_2D = proximal(_moved(layer), l1_21, group_21)
+                # The penalty pulls w to 1 and b to 0: v is w - 1, and w is written back as 1 + v.
                 layer.scale.copy_(1 + moved_2D[0])
                 layer.shift.copy_(moved_2D[1])
 
@@ -273,12 +260,6 @@ def _moved(layer: AffineLayer) -> Tensor:
 def _set_to_identity(layer: AffineLayer, where_2D: Tensor) -> None:
     layer.scale.masked_fill_(where_2D[0], 1.0)
     layer.shift.masked_fill_(where_2D[1], 0.0)
-
-
-def _paired(x_SN: Tensor, index_K: Tensor) -> Tensor:
-    """Return the values of the matched pairs, (S, K)."""
-    # Samples of equal size are matched in their own order: no copy, and no scattered gradient.
-    return x_SN if len(index_K) == x_SN.shape[1] else x_SN[:, index_K]
 
 
 def _check_selected(tokens_BT: Tensor) -> None:

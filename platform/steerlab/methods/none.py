@@ -15,4 +15,5 @@ class Config(MethodConfig):
     """The method."""
 
 
+# All kinds of model: nothing here reads one.
 METHOD = Plain(Config, kinds=ANY_KIND, example="jobs/tiny/extract.yaml")

@@ -29,15 +29,19 @@ from steerlab.steered.language import SteeredModel
 from steerlab.storage.plan import Estimate
 from steerlab.storage.tensors import Shape
 
+# The usual name: a method with one set of moments need not choose another.
 MOMENTS = "moments"
 """Name of the preparation that `Prepare.moments` makes."""
 NOTHING = Estimate()
 """Estimate of a stage that needs next to nothing besides the model."""
+# At most 40 characters: it is part of folder names, whose length file systems limit.
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+# A parameter of such a name would be overwritten without a word when the stage's key is made.
 _RESERVED = {"data", "data_fingerprint", "code", "model", "prompt", "prompt_fingerprints", "encoding"}
 """Names of the parameters that the platform adds to a stage's own."""
 
 
+# Sums and not results: each worker sums over its own rows, and the platform adds their sums.
 class Sums(Protocol):
     """Tensors that are summed over the batches of a data set."""
 
@@ -59,6 +63,7 @@ class Sums(Protocol):
         ...
 
 
+# A name for each row: files of different shards are read together, by row.
 class Keeper(Protocol):
     """Computes tensors that are stored for each row of a data set."""
 
@@ -78,8 +83,10 @@ class Keeper(Protocol):
 class Source(NamedTuple):
     """Inputs from which a part is made."""
 
+    # JSON alone: it is hashed into the key and sent to workers.
     params: Mapping[str, Json]
     """The parameters that the stage declares."""
+    # On this node: outputs of earlier stages are fetched before the part is made.
     needed: Mapping[str, Path]
     """Output directories of the preparations in `needs`, by name."""
     model: SteeredModel | None
@@ -98,9 +105,11 @@ MakePart = Callable[[Source, str, Path], Mapping[str, object]]
 class Moments:
     """Declares moments of the model's activations on the rows of a data set."""
 
+    # The name is the key under which the training finds the output (`Inputs.prepared`).
     name: str
     role: str
     """Role of the data set."""
+    # The section of a job that extracts, so that a job which only extracts these moments has the same stage.
     config: ExtractConfig
 
 
@@ -109,6 +118,7 @@ class SumOverRows:
     """Declares sums over batches of consecutive rows of a data set, on workers that hold the model."""
 
     name: str
+    # By hand: the code is not hashed, so that a change of its layout keeps every artifact.
     version: int
     role: str
     params: Mapping[str, Json]
@@ -170,6 +180,7 @@ class Prepare:
         """Return whether the job has a data set of this role; False if the check runs without a job."""
         return self._roles is not None and role in self._roles
 
+    # Overridden where a job is planned: the declarations are checked in the same way with and without one.
     def make(self, preparation: Preparation) -> None:
         """Plan a preparation whose settings have been checked. Does nothing here: this class only checks."""
 
@@ -207,6 +218,7 @@ class Prepare:
         missing = [needed for needed in also.split() if needed not in (params or {})]
         if missing:
             raise ValueError(f"preparation {name}: {missing[0]} is missing among its parameters")
+        # Last, so that a refused declaration leaves no name behind.
         self._names.append(name)
 
     def _check_needs(self, names: Iterable[str], who: str) -> None:
@@ -242,6 +254,7 @@ class Prepare:
         `params` must hold `rows_per_batch`, `rows_per_shard` (a multiple of it) and `max_tokens`.
         """
         self._declare(name, role, needs, params, "rows_per_batch rows_per_shard max_tokens")
+        # A shard of whole batches (`rows_per_shard` a multiple of `rows_per_batch`): sums of |.| depend on what is one batch.
         self.make(SumOverRows(name, version, role, params, start, needs, estimate))
 
     def map_parts(

@@ -31,8 +31,10 @@ class Config(MethodConfig):
 
     name: Literal["prompt"] = "prompt"
     """The method."""
+    # Limited: the text is part of every prompt, and of the stage's key.
     system: str = Field("", max_length=100_000)
     """System text of chats, before the system text or instruction that a prompt has itself."""
+    # Separate from `system`: a text to continue has no roles, so that a system text would be part of what is continued.
     prefix: str = Field("", max_length=100_000)
     """Text before each plain text that the model continues, such as the prompts of toxicity; a space or line break at its end
     separates it from the text."""
@@ -45,17 +47,22 @@ def preamble(config: Config, examples: Sequence[Mapping[str, object]]) -> Preamb
         config: The texts.
         examples: Rows of format instruction, the worked examples in their order.
     """
+    # As rows of format instruction: whatever data set they come from, its form has been resolved by then. A missing input and
+    # None are the empty one.
     worked = [
         Example(instruction=str(row["instruction"]), input=str(row.get("input") or ""), output=str(row["output"]))
         for row in examples
     ]
+    # A tuple in the rows' order, which the prompt keeps.
     return Preamble(system=config.system, prefix=config.prefix, examples=tuple(worked))
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for a job that puts nothing before its prompts."""
+    # It would be the baseline itself under another name and key.
     if job.data.examples is None and not (config.system or config.prefix):
         raise ValueError("method.system: this key is required by method prompt (or method.prefix, or data.examples)")
 
 
+# Without a range of strengths: what stands before a prompt is there or not.
 METHOD = Prompted(Config, preamble, check=check, example="jobs/tiny/prompt.yaml")

@@ -31,6 +31,7 @@ class Config(MethodConfig):
 
     name: Literal["reft"] = "reft"
     """The method."""
+    # R (2 D + 1) numbers at each place.
     rank: int = Field(4, ge=1)
     """Rank R of the change at each place. Paper: 4 to 32."""
     steer: Selection = Selection.model_validate({"modules": ".*layers[.][0-9]+[.]mlp"})
@@ -42,12 +43,15 @@ class Reft(PatchAlone):
     """A frozen model with low-rank maps on its activations."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
+        # Frozen: eq. 3 trains U, V and c alone.
         super().__init__(model)
         # Before the patch is attached: D of each place, from one small forward pass.
         widths = taps.widths(model, config.steer)
+        # A place for each module that `steer` selects, all of one rank; eq. 3 has its own U, V and c at each.
         kinds = {name: {"kind": "low_rank", "rank": config.rank} for name in widths}
         # LowRankMap: R (2 D + 1) numbers at each place, and one matrix product of rank R at inference.
         self.patch = patches.ActivationPatch(widths, config.steer, kinds=kinds)  # type: ignore[arg-type]
+        # In the order of the places, by the generator that the training has seeded: every rank starts with the same V.
         for layer in self.patch.layers():
             # U is zero: V must not be, or both gradients would vanish. 1 / sqrt(D) keeps V z of the size of z's entries.
             nn.init.normal_(layer.get_parameter("down"), std=layer.get_parameter("down").shape[1] ** -0.5)
@@ -57,6 +61,7 @@ class Reft(PatchAlone):
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
         # `patched_inputs` holds roles and phases, from which the patch selects tokens.
+        # Response tokens or all tokens, as the data set's `loss_on` says; the loss reaches the maps through every later layer.
         return next_token_loss(self.model(**batch.patched_inputs).logits, batch.labels)
 
 

@@ -30,6 +30,7 @@ class Config(SteeringConfig):
 
     name: Literal["repe"] = "repe"
     """The method."""
+    # The reading vector is a unit vector: c is the length of the shift, whatever the size of the differences was.
     coefficient: float = Field(1.0, gt=0)
     """Length c of the shift at strength 1, in the units of the activations."""
 
@@ -45,9 +46,11 @@ def reading_vector(source_ND: Tensor, target_MD: Tensor) -> Tensor:
         ValueError: fewer than 4 samples on a side, different widths, or a NaN or infinite value.
     """
     check_samples(source_ND, target_MD)
+    # P, the size of the larger side.
     num = max(len(source_ND), len(target_MD))
     generator = torch.Generator().manual_seed(0)  # a generator of its own: the global state is left alone
     # Each side is shuffled and repeated up to the size of the larger one, so that every text is used, and about equally often.
+    # Drawn and not taken in order: rows of a data set may be sorted by what they are about.
     rows_2P = [
         torch.randperm(len(side), generator=generator).repeat(-(-num // len(side)))[:num] for side in (source_ND, target_MD)
     ]
@@ -55,6 +58,7 @@ def reading_vector(source_ND: Tensor, target_MD: Tensor) -> Tensor:
     difference_PD = target_MD.double()[rows_2P[1]] - source_ND.double()[rows_2P[0]]
     # Without alternating signs the centring below would subtract the mean difference, which is the concept itself.
     sign_P1 = torch.where(torch.arange(num) % 2 == 0, 1.0, -1.0).double()[:, None]
+    # (P, D).
     signed_PD = sign_P1 * difference_PD
     # The right singular vectors of the centred differences are their principal components; `full_matrices` would add D - P
     # more.
@@ -62,12 +66,14 @@ def reading_vector(source_ND: Tensor, target_MD: Tensor) -> Tensor:
     # A principal component has no sign of its own.
     # Of the means and not of the pairs, whose signs were alternated.
     towards = axes_KD[0] @ (target_MD.double().mean(0) - source_ND.double().mean(0))
+    # (D,): a tie, with both means equally far along v, keeps the sign of the decomposition.
     return (axes_KD[0] if towards >= 0 else -axes_KD[0]).float()
 
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
     # Place by place: the components of joined places would be directions across layers.
     vectors = {name: reading_vector(source[name], target[name]) for name in source}
+    # c v with the scale 1: a reading vector shifts, and changes no spread.
     return {name: AffineMap(torch.ones_like(v_D), config.coefficient * v_D) for name, v_D in vectors.items()}
 
 

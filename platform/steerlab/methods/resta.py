@@ -26,7 +26,7 @@ from torch import Tensor
 
 from steerlab.job import Seed
 from steerlab.methods.edited import Edit, EditConfig, Edited, Weight
-from steerlab.methods.math.rotation import generator
+from steerlab.methods.math.draws import generator
 
 
 class Config(EditConfig):
@@ -34,28 +34,36 @@ class Config(EditConfig):
 
     name: Literal["resta"] = "resta"
     """The method."""
+    # The safety vector has the length of the alignment's own change: gamma is in units of it.
     gamma: float = Field(0.5, gt=0)
     """Length gamma of the safety vector that is added. WSR-Tune's comparison: 0.3."""
+    # p < 1: 1 / (1 - p) has no value at 1.
     drop: float = Field(0.0, ge=0, lt=1)
     """Share p of the fine-tuning's change that DARE drops; 0 leaves DARE out."""
     seed: Seed = 0
     """Seed of the dropped entries; unused with drop 0."""
 
 
+# A generator that is handed over: a global one would be moved by whatever else draws.
 def dare(change: Tensor, drop: float, random: torch.Generator) -> Tensor:
     """Return a change of any shape with a share `drop` of its entries set to 0, and the others divided by 1 - drop."""
+    # `rand` is below 1 and at least 0: `>= drop` keeps an entry with probability 1 - p, and every entry at p = 0.
     kept = torch.rand(change.shape, generator=random) >= drop
+    # The expectation of each entry is its own value: (1 - p) / (1 - p).
     return change * kept / (1 - drop)
 
 
 def edit(config: Config, weight: Weight) -> Edit:
     """Return W_0 + DARE_p(W_1 - W_0) + gamma v."""
     assert weight.unaligned is not None
+    # v = W_0 - W_u, of every parameter, as the paper's task arithmetic takes the whole vector of weights.
     safety = weight.before - weight.unaligned
+    # Without DARE W_0 + (W_1 - W_0) is W_1 itself, without the rounding of the difference.
     trained = weight.after
     if config.drop:
         # A generator of the parameter's own name: the draw does not depend on the order of the parameters.
         trained = weight.before + dare(weight.after - weight.before, config.drop, generator(config.seed, weight.name))
+    # Its norm is kept as a fact: at 0 the unaligned model is the aligned one, and RESTA changes nothing.
     return Edit(trained + config.gamma * safety, {"safety_norm": float(safety.norm())})
 
 

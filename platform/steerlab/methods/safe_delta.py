@@ -51,12 +51,16 @@ class Config(MethodConfig):
 
     name: Literal["safe_delta"] = "safe_delta"
     """The method."""
+    # Relative to the layer's mean cost and size (epsilon below), so that one s serves layers of every width.
     budget: float = Field(0.1, ge=0)
     """Safety budget s, to which epsilon is proportional: 0 keeps no change. Paper: 0.1."""
+    # C is what Optimal Brain Surgeon adds: the loss's minimum over the entries that are not kept, given those that are.
     compensate: bool = True
     """Add the compensation C; false only selects."""
     others: Literal["restored", "trained"] = "restored"
     """Parameters outside of the linear layers: those before the training (the authors' code), or those after it."""
+    # All linear layers, unlike Safety-WaRP's five: every change that a fine-tuning made is weighed, and what is not selected
+    # goes back.
     layer_type: Types = ("attn_q", "attn_k", "attn_v", "attn_o", "ffn_gate", "ffn_up", "ffn_down")
     """Linear layers whose changes are selected."""
     target_layers: Layers = ("all",)
@@ -82,11 +86,16 @@ class Selected(NamedTuple):
 
 def inverse_hessian(second_moment_NN: Tensor) -> Tensor:
     """Return the inverse of the damped Hessian, (N, N) float64, up to the Hessian's scale."""
+    # In float64: H is a Gram matrix, whose condition number is the square of that of the inputs. A clone, since the next lines
+    # write into the diagonal.
     hessian_NN = second_moment_NN.double().clone()
     # An input that is always 0 has no curvature of its own; 1 stands for it, as in the authors' code.
     dead_N = hessian_NN.diagonal() == 0
     hessian_NN.diagonal()[dead_N] = 1
+    # Fewer tokens than inputs leave H singular: without damping the Cholesky factor would not exist, and r_m = 2 [H^-1]_mm
+    # would be infinite along unseen directions.
     hessian_NN.diagonal().add_(_DAMPING * hessian_NN.diagonal().mean())
+    # From the factor, not `inv` of H: H is symmetric and positive definite, and its inverse comes out symmetric.
     return torch.cholesky_inverse(torch.linalg.cholesky(hessian_NN))
 
 
@@ -100,24 +109,36 @@ def select(before_MN: Tensor, after_MN: Tensor, inverse_NN: Tensor, budget: floa
         budget: s.
         compensate: whether C is added.
     """
+    # d_m over the rows and inputs; [H^-1]_mm depends on the input m alone, since every row of W has the same Hessian.
     change_MN, diagonal_N = (after_MN - before_MN).double(), inverse_NN.diagonal()
+    # d_m^2 / (2 [H^-1]_mm), (M, N): `diagonal_N` broadcasts over rows.
     cost_MN = change_MN.square() / (2 * diagonal_N)
+    # A scale factor of H changes costs and epsilon alike, so that the mean of x x^T may stand for 2 X X^T.
     epsilon = budget * float((1 / (2 * diagonal_N)).mean()) * change_MN.numel() / _REFERENCE
     # The ratio is that of a column: columns by falling ratio, and within a column the rows in their order.
+    # Largest r_m first: the most gain d_m^2 for each unit of cost. Stable, so that equal ratios keep the order of the inputs.
     order_N = diagonal_N.argsort(descending=True, stable=True)
+    # (N, M) flattened: column by column. The cumulative sum in float64, since millions of small costs are added to it.
     spent = cost_MN.T[order_N].flatten().cumsum(0)
     kept_MN = torch.zeros_like(change_MN, dtype=torch.bool)
+    # Written through the transposed view, (N, M), back into the order of the inputs. Costs are not negative, so that the kept
+    # entries are a prefix.
     kept_MN.T[order_N] = (spent <= epsilon).view(len(order_N), -1)
+    # W_0 + M * d; entries that are not kept are those of the aligned model.
     new_MN = before_MN + kept_MN * change_MN
     if compensate:
+        # (M, N) @ (N, N): row by row the sum over kept m of d_m / [H^-1]_mm * [H^-1]_m,:. Kept entries are left out of C, as
+        # they are fixed.
         new_MN = new_MN + ~kept_MN * ((kept_MN * change_MN / diagonal_N) @ inverse_NN)
     return Selected(new_MN.float(), kept_MN, float(cost_MN[kept_MN].sum()), epsilon)
 
 
 def edit(config: Config, weight: Weight) -> Edit | None:
     """Return the weight with the changes that are kept, and the share of entries that they are."""
+    # No input was recorded for an embedding or a norm, so that no cost is known for its change.
     if weight.place is None:
         return Edit(weight.before) if config.others == "restored" else None
+    # Of each layer by itself, for layers that share an input too: an inverse is kept no longer than its layer, N x N float64.
     inverse_NN = inverse_hessian(weight.second_moment())
     result = select(weight.before, weight.after, inverse_NN, config.budget, config.compensate)
     return Edit(result.weight_MN, {"kept": float(result.kept_MN.float().mean()), "cost": result.cost, "budget": result.epsilon})
@@ -130,9 +151,12 @@ def places(config: Config, model: PreTrainedModel) -> list[WeightPlace]:
 
 def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
     """Ask for the second moments of the inputs of the linear layers on the safety rows."""
+    # By input and not by layer: queries, keys and values read the same one, whose moments are summed once.
     inputs = dict.fromkeys(place.input_of for place in places(config, skeleton))
+    # Escaped: module paths hold dots, which an expression takes for any character.
     select = Selection(modules="|".join(re.escape(name) for name in inputs), side="input")
     limits = {"max_tokens": config.max_tokens, "rows_per_shard": config.rows_per_shard}
+    # pooling none: X of the paper has one column for each token.
     reads = {"select": select, "pooling": ("none",), "keep": "moments", "second_moment": True, **limits}
     prepare.moments("safety", ExtractConfig.model_validate(reads))
     return (MOMENTS,)

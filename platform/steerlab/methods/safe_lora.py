@@ -55,19 +55,28 @@ def projected(change_MN: Tensor, alignment_MN: Tensor, exact: bool) -> Tensor:
         alignment_MN: V.
         exact: whether C is the orthogonal projection on the columns of V; else V V^T / |V|_F.
     """
+    # C = V (V^T V)^-1 V^T = U U^T for V = U S W^T.
     if exact:
         # The left singular vectors span V's columns: C without the inverse of V^T V, which is singular where V lacks rank.
         left_MK, values_K, _ = torch.linalg.svd(alignment_MN.double(), full_matrices=False)
         tiny = torch.finfo(torch.float32).eps * max(alignment_MN.shape) * float(values_K[0])
+        # In float64, and without the directions of rounding: an aligned model that differs from its base in a low-rank change
+        # has a V of low rank, and a vector of noise would enter the span with full weight.
         left_MK = left_MK[:, values_K > tiny]
+        # U (U^T dW): (K, N) in between, and never the M x M matrix C.
         return (left_MK @ (left_MK.T @ change_MN.double())).float()
+    # |V|_F, not its square: the paper's C is no projection and scales with V, which the cosine does not see but the result
+    # does.
     norm = alignment_MN.norm()
     # The smaller product first: V^T dW is (N, N), V V^T (M, M).
+    # V = 0 where the alignment left a layer alone: C dW is then 0, and no 0 / 0.
     return alignment_MN @ (alignment_MN.T @ change_MN) / (norm if norm > 0 else 1.0)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
     """Return the cosine between two matrices as vectors; 0 if one of them is zero."""
+    # In float64: a sum of millions of products, compared with a threshold. A zero matrix has no direction; 0 then means below
+    # any positive tau.
     norms = float(a.double().norm() * b.double().norm())
     return float((a.double() * b.double()).sum()) / norms if norms > 0 else 0.0
 
@@ -77,12 +86,17 @@ def edit(config: Config, weight: Weight) -> Edit | None:
     if weight.place is None:
         return None
     assert weight.unaligned is not None
+    # W_1 - W_0, which for adapters is B A, whatever their rank.
     change_MN = weight.after - weight.before
     if not bool(change_MN.any()):
         return None  # a layer that was not trained has no direction
+    # V = W_a - W_u: the aligned model is the one before the fine-tuning.
     new_MN = projected(change_MN, weight.before - weight.unaligned, config.projection == "exact")
     similarity = cosine(change_MN, new_MN)
+    # Strictly below: tau 1 projects every update, but for one that C only stretches, of which the projection changes the length
+    # alone.
     takes = similarity < config.threshold
+    # Kept for every layer: the cosines of all layers tell how many another tau would project.
     facts = {"cosine": similarity, "projected": float(takes)}
     return Edit(weight.before + new_MN if takes else weight.after, facts)
 

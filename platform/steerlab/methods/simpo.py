@@ -43,8 +43,10 @@ class Config(pair_losses.PairLossConfig):
 
     name: Literal["simpo"] = "simpo"
     """The method."""
+    # Larger than DPO's: a mean over tokens is a few nats, a sum hundreds.
     beta: float = Field(2.0, gt=0)
     """Scale of the reward. Paper: 2.0 to 2.5, and 10 for instruction-tuned models."""
+    # In units of the reward, as in eq. 6, and so scaled by beta's choice.
     gamma: float = Field(1.0, ge=0)
     """Margin by which the chosen response has to win, in units of the reward. Paper: 0.3 to 1.6."""
     lora: Lora | None = None
@@ -72,9 +74,12 @@ class Simpo(PatchAlone):
         # In main memory, not on the GPU: the start is needed again only when the patch is saved.
         self.start: dict[str, Tensor] = {}
         if config.lora is None:
+            # `copy=True`: on a CPU `to` would return the weight itself, which trains.
             self.start = {name: weight.detach().to("cpu", copy=True) for name, weight in model.named_parameters()}
             train_everything(model)
+        # Whole weights and adapters are two forms of one patch: differences, or the factors of one.
         self.patch = Whole(model) if config.lora is None else Adapters(model, config.lora)
+        # After the adapters: one takes the place of its layer, and a map must hook what adds its change.
         patches.attach(model, inputs.below)
 
     def train(self, mode: bool = True) -> Simpo:
@@ -88,10 +93,13 @@ class Simpo(PatchAlone):
     def forward(self, batch: Batch) -> Loss:
         """Return the summed loss of the pairs (eq. 6)."""
         config, tokens = self.config, scoring.predicted(batch)  # N response tokens of P pairs
+        # No reference, and so one pass a step where DPO needs two.
         log_prob_N = scoring.log_probs(self.model, batch, tokens)
         # The mean over the tokens of a response, times beta (eq. 4); without a reference.
         pairs = pair_losses.compare(log_prob_N, None, tokens, config.beta, length_average=True)
+        # The margin gamma is subtracted from the difference of rewards, inside of the sigmoid.
         loss_P = pair_losses.loss(pairs.margin_P - config.gamma, config.beta, config)
+        # A sum over pairs: the means of eq. 6 are taken within a response, the mean over pairs by the loop.
         return Loss(pair_losses.total(pairs, loss_P, config).sum(), pairs.metrics())
 
     @classmethod
@@ -104,11 +112,13 @@ class Simpo(PatchAlone):
         """Return the number of weights that train, and the bytes of their copy at the start of the training."""
         if config.lora is not None:
             return Size(num_trained(skeleton, config.lora))
+        # `parameters` yields tied weights once, as the optimizer sees them.
         num = sum(parameter.numel() for parameter in skeleton.parameters())
         return Size(num, 4 * num)  # 4 bytes: the copy is float32 at most
 
     def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
         """Return the differences between the trained weights and those at the start as a patch."""
+        # Adapters are saved as factors: a patch of low rank is as small on disk as what trained.
         return self.patch.finished(state) if isinstance(self.patch, Adapters) else self.patch.finished(state, self.start)
 
 
@@ -116,6 +126,7 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for bfloat16 weights without float32 copies, and for ZeRO 3."""
     if config.lora is None:
         check_masters(job)
+    # Strength 0 has to be the start bit for bit: W - W_0 is taken of whole weights.
     if job.scale.zero_stage == 3:
         raise ValueError("scale.zero_stage 3: the differences to the start are taken of whole weights; use 0, 1 or 2")
 

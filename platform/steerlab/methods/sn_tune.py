@@ -26,8 +26,8 @@ stay frozen.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
@@ -35,25 +35,24 @@ from torch import Tensor, nn
 
 from steerlab import models, patches
 from steerlab.guards.json_values import Json
-from steerlab.inputs.tokens import GENERATION, Batch
-from steerlab.job import Frozen, Job, MethodConfig
+from steerlab.inputs.tokens import Batch
+from steerlab.job import Job, MethodConfig
 from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, language_modelling_loss
 from steerlab.methods.math import rotation
+from steerlab.methods.math.neurons import TYPES, Block, Neurons, blocks, num_neurons
 from steerlab.methods.math.selected_layers import Layers
-from steerlab.methods.math.selected_layers import places as selected
 from steerlab.methods.preparations import Prepare
-from steerlab.models import LayerType, ModelFacts, WeightPlace
+from steerlab.models import LayerType, ModelFacts
 from steerlab.steered.language import SteeredModel
 from steerlab.storage.plan import Estimate
-from steerlab.storage.tensors import Parts, Shape
+from steerlab.storage.tensors import Parts
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
-TYPES: tuple[LayerType, ...] = ("attn_q", "attn_k", "attn_v", "ffn_up", "ffn_down")
-"""Types of linear layers whose rows, or columns for ffn_down, are neurons."""
+# Also the names of the stages: with another name all neurons would be counted anew.
 SAFETY, FOUNDATION = "safety_neurons", "foundation_neurons"
 """Names of the preparations: by layer and type, in how many queries each neuron is active."""
 
@@ -66,8 +65,11 @@ class Config(MethodConfig):
     train: Literal["safety", "others"] = "safety"
     """Neurons that train: safety: N_safe (SN-Tune), without those of data.utility if there are such rows (RSN-Tune); others:
     all but these, which keep safety (WSR-Tune's comparison)."""
+    # A share, not the paper's epsilon of eq. 2, so that one setting serves all models: the size of Imp is that of a model's
+    # activations.
     active: float = Field(0.15, gt=0, le=1)
     """Share of the neurons of a type, over all layers, that counts as active for a query. Default of WSR-Tune's code."""
+    # N_safe of eq. 3 is an intersection, which shrinks with every query: one unusual query can empty it.
     agreement: float = Field(1.0, gt=0, le=1)
     """Share of the queries for which a neuron must be active. Paper: 1."""
     target_layers: Layers = ("all",)
@@ -86,6 +88,9 @@ class Config(MethodConfig):
 
 def of_linear(x_TK: Tensor, weight_MK: Tensor) -> Tensor:
     """Return |x[:, k] W[:, k]^T| for each input k of a linear layer, (K,): what its output loses without that input (eq. 9)."""
+    # |x[:, k] W[:, k]^T|_F of a matrix of rank 1 is the product of the two norms: (K,) numbers, and never the T x M matrix of
+    # each of the K neurons. A row k of W_up makes input k of W_down, so that the removal of either has this same effect on the
+    # block.
     return x_TK.norm(dim=0) * weight_MK.norm(dim=0)
 
 
@@ -98,151 +103,77 @@ def of_values(context_THd: Tensor, weight_MHd: Tensor, groups: int) -> Tensor:
         groups: G, heads that share a value and so lose the number together.
     """
     num_tokens, num_heads, width = context_THd.shape
+    # Query heads of one key-value head are neighbours: transformers' `repeat_kv` repeats each of the H / G key-value heads G
+    # times in a row. (T, H / G, G, d) and (M, H / G, G, d).
     context = context_THd.view(num_tokens, num_heads // groups, groups, width)
     weight = weight_MHd.view(len(weight_MHd), num_heads // groups, groups, width)
     # |sum_g c_g w_g^T|^2 = sum_gh (c_g . c_h) (w_g . w_h): without the matrix of tokens by outputs for each number.
+    # Both einsums give (H / G, d, G, G), summed over tokens and over outputs.
     products = torch.einsum("tkgd,tkhd->kdgh", context, context) * torch.einsum("mkgd,mkhd->kdgh", weight, weight)
+    # The sum is a squared norm, but rounding may take it just below 0, whose root is NaN.
     return products.sum((-1, -2)).clamp(min=0).sqrt().flatten()
 
 
 def of_scores(queries_THd: Tensor, keys_THd: Tensor) -> Tensor:
     """Return the norm of the change of the attention without one number of queries and keys, (H, d) (eq. 12)."""
     num_tokens, num_heads, width = queries_THd.shape
+    # The causal mask, without which a query would lose what later tokens attend to.
     later = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=queries_THd.device).triu(1)
     changes = []
     # One head at a time: the tensor of tokens by tokens by numbers is that of the paper's parallel form (eq. 13).
     for head in range(num_heads):
         query_Td, key_Td = queries_THd[:, head], keys_THd[:, head]
+        # The masked scores are -inf before the subtraction: -inf minus a finite number stays -inf, so that the mask is applied
+        # once for all d removals.
         score_TT = (query_Td @ key_Td.T / math.sqrt(width)).masked_fill(later, -math.inf)
+        # D_k of eq. 12 is an outer product over tokens for each number k: (d, T, T).
         without_dTT = score_TT - torch.einsum("td,sd->dts", query_Td, key_Td) / math.sqrt(width)
+        # Frobenius norm over the T x T attention matrix, for each number: (d,).
         changes.append((without_dTT.softmax(-1) - score_TT.softmax(-1)).flatten(1).norm(dim=1))
     return torch.stack(changes)
 
 
-class _Params(Frozen, extra="ignore"):
-    active: float
-    target_layers: tuple[str, ...]
-
-
-class Neurons:
-    """Counts, for each neuron, the queries for which it is active. It implements `methods.preparations.Sums`."""
-
-    def __init__(self, model: SteeredModel, params: Mapping[str, Json]) -> None:
-        wanted = _Params.model_validate(params)
-        self._model, self._active = model, wanted.active
-        self._layers = _layers(model.model, wanted.target_layers)
-        self._seen: dict[str, Tensor] = {}
-        self._handles = [
-            handle
-            for layer in self._layers
-            for kind in ("attn_q", "attn_k")
-            for handle in [_read(model.model, layer[kind].module, self._seen, output=True)]
-        ] + [
-            _read(model.model, layer[kind].module, self._seen, output=False)
-            for layer in self._layers
-            for kind in ("attn_o", "ffn_down")
-        ]
-        self._counts = {
-            layer[kind].module: torch.zeros(_num_neurons(kind, layer[kind])) for layer in self._layers for kind in TYPES
-        }
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """Names and shapes of the counts: (K,) by module path."""
-        return {name: Shape(torch.float32, count.shape) for name, count in self._counts.items()}
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the counts by module."""
-        yield from self._counts.items()
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-
-    @torch.no_grad()
-    def add(self, batch: Batch, number: int) -> None:
-        """Count the active neurons of each query of a batch."""
-        self._model.model(**batch.patched_inputs, use_cache=False)
-        for row in range(len(batch.input_ids)):
-            # The query alone: an answer in the row is no part of it.
-            is_query_T = batch.attention_mask[row].bool() & (batch.phases[row] != GENERATION)
-            importance = {kind: self._importance(kind, row, is_query_T) for kind in TYPES}
-            for kind, of_layers in importance.items():
-                whole = torch.cat(of_layers)
-                least = whole.topk(max(1, round(self._active * len(whole)))).values[-1]
-                for layer, one in zip(self._layers, of_layers, strict=True):
-                    self._counts[layer[kind].module] += (one >= least).float().cpu()
-
-    def _importance(self, kind: LayerType, row: int, is_query_T: Tensor) -> list[Tensor]:
-        return [self._of_layer(kind, layer, row, is_query_T) for layer in self._layers]
-
-    def _of_layer(self, kind: LayerType, layer: Mapping[str, WeightPlace], row: int, is_query_T: Tensor) -> Tensor:
-        def seen(of: LayerType) -> Tensor:
-            return self._seen[layer[of].module][row][is_query_T].float()
-
-        def weight(of: LayerType) -> Tensor:
-            return models.linear_weight(self._model.model.get_submodule(layer[of].module)).float()
-
-        if kind in ("ffn_up", "ffn_down"):
-            return of_linear(seen("ffn_down"), weight("ffn_down"))
-        heads, groups = _heads(self._model.model, layer)
-        if kind == "attn_v":
-            context, projection = seen("attn_o"), weight("attn_o")
-            return of_values(context.unflatten(1, (heads, -1)), projection.unflatten(1, (heads, -1)), groups)
-        queries = seen("attn_q").unflatten(1, (heads, -1))
-        keys = seen("attn_k").unflatten(1, (heads // groups, -1)).repeat_interleave(groups, dim=1)
-        change_Hd = of_scores(queries, keys)
-        return (change_Hd if kind == "attn_q" else change_Hd.unflatten(0, (-1, groups)).norm(dim=1)).flatten()
-
-
-def _read(model: PreTrainedModel, name: str, seen: dict[str, Tensor], *, output: bool) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
-        seen[name] = (result if output else args[0]).detach()
-
-    return model.get_submodule(name).register_forward_hook(hook)
-
-
-def _heads(model: PreTrainedModel, layer: Mapping[str, WeightPlace]) -> tuple[int, int]:
-    """Return the number of heads H, and that of the heads G that share a key."""
-    heads = models.text_config(model).num_attention_heads
-    width = layer["attn_q"].shape[0] // heads
-    return heads, heads // (layer["attn_k"].shape[0] // width)
-
-
-def _layers(model: PreTrainedModel, target_layers: tuple[int | str, ...]) -> list[dict[str, WeightPlace]]:
-    """Return the linear layers of each block, by type. Raises ValueError for a model that fuses them."""
-    by_kind = {kind: selected(model, (kind,), target_layers) for kind in (*TYPES, "attn_o")}
-    fused = next((kind for kind, found in by_kind.items() if any(place.outputs is not None for place in found)), None)
-    if fused is not None:
-        raise ValueError(
-            f"{fused}: {type(model).__name__} computes it in one layer with others, whose neurons sn_tune cannot tell"
-        )
-    return [dict(zip(by_kind, found, strict=True)) for found in zip(*by_kind.values(), strict=True)]
-
-
-def _num_neurons(kind: str, place: WeightPlace) -> int:
-    return place.shape[1] if kind == "ffn_down" else place.shape[0]
+def importance(kind: LayerType, block: Block) -> Tensor:
+    """Return the importance of the neurons of a type in one block for one query, (K,)."""
+    # In float32 (`Block.value`): a norm in bfloat16 keeps two to three digits, too few to rank neurons.
+    if kind in ("ffn_up", "ffn_down"):
+        return of_linear(block.value("ffn_down"), block.weight("ffn_down"))
+    heads, groups = block.heads
+    if kind == "attn_v":
+        # The context that enters W_O is the attention-weighted values: without number k of a value it lacks column k of every
+        # head that shares it.
+        context, projection = block.value("attn_o"), block.weight("attn_o")
+        return of_values(context.unflatten(1, (heads, -1)), projection.unflatten(1, (heads, -1)), groups)
+    # (T, H, d); a key is repeated for the G heads that read it, so that queries and keys pair up head by head.
+    queries = block.value("attn_q").unflatten(1, (heads, -1))
+    keys = block.value("attn_k").unflatten(1, (heads // groups, -1)).repeat_interleave(groups, dim=1)
+    change_Hd = of_scores(queries, keys)
+    # A number of a shared key changes the scores of G heads at once: one norm over all of them, (H / G, d), as its neuron is
+    # one row of W_K.
+    return (change_Hd if kind == "attn_q" else change_Hd.unflatten(0, (-1, groups)).norm(dim=1)).flatten()
 
 
 def count(model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]) -> Neurons:
     """Return counts of active neurons, at zero."""
-    return Neurons(model, params)
+    return Neurons(model, params, importance)
 
 
 def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
     """Ask for the counts of active neurons on the harmful queries and, for RSN-Tune, on general texts."""
-    layers = _layers(skeleton, config.target_layers)
-    size = 4 * sum(_num_neurons(kind, layer[kind]) for layer in layers for kind in TYPES)
+    layers = blocks(skeleton, config.target_layers)
+    # Counts are float32, 4 bytes: whole numbers up to 2^24 are exact.
+    size = 4 * sum(num_neurons(kind, layer[kind]) for layer in layers for kind in TYPES)
     per_shard = max(1, config.rows_per_shard // config.rows_per_batch) * config.rows_per_batch
     params: dict[str, Json] = {
         "active": config.active,
+        # As text: the parameters are part of the stage's key, in which 3 and "3" would be two stages.
         "target_layers": [str(item) for item in config.target_layers],
         "rows_per_batch": config.rows_per_batch,
         "rows_per_shard": per_shard,
         "max_tokens": config.max_tokens,
     }
     estimate = Estimate(memory_bytes=size, disk_bytes=size, work_bytes=size)
+    # The same function over other rows: a foundation neuron differs from a safety neuron in the queries alone.
     roles = {SAFETY: "safety", **({FOUNDATION: "utility"} if prepare.has("utility") else {})}
     for name, role in roles.items():
         prepare.sum_over_rows(name, 1, role, params, count, estimate=estimate)
@@ -259,21 +190,6 @@ def found(counts: Parts, name: str, agreement: float) -> Tensor:
     return counts.tensor(name) >= agreement * num_queries - 0.5
 
 
-class Changes(nn.Module):
-    """The trained parameters: the changes of the layers that hold neurons."""
-
-    kind = "weight"
-
-    def __init__(self, layers: Mapping[str, rotation.RotatedLayer]) -> None:
-        super().__init__()
-        self.names = list(layers)
-        self.layers = nn.ModuleList(layers.values())
-
-    def masked(self) -> list[rotation.RotatedLayer]:
-        """Return the layers, in the order of `names`."""
-        return [layer for layer in self.layers if isinstance(layer, rotation.RotatedLayer)]
-
-
 class SnTune(PatchAlone):
     """A causal language model of which some neurons train."""
 
@@ -281,25 +197,32 @@ class SnTune(PatchAlone):
         super().__init__(model)
         safety = Parts.open(inputs.prepared[SAFETY])
         foundation = Parts.open(inputs.prepared[FOUNDATION]) if FOUNDATION in inputs.prepared else None
+        # A layer without a basis: its coefficients in the identity are its weights, and `RotatedLayer` freezes single entries
+        # of them.
         masked: dict[str, rotation.RotatedLayer] = {}
         num_trained = 0
-        for layer in _layers(model, config.target_layers):
+        for layer in blocks(model, config.target_layers):
             for kind in TYPES:
                 place = layer[kind]
                 chosen_K = found(safety, place.module, config.agreement)
                 if foundation is not None:
+                    # RSN-Tune's set difference, neuron by neuron; both sets ask for the same agreement.
                     chosen_K &= ~found(foundation, place.module, config.agreement)
                 trains_K = chosen_K if config.train == "safety" else ~chosen_K
+                # Counted in neurons, not entries: what the message below is about.
                 num_trained += int(trains_K.sum())
                 # A row for an output, a column for an input of W_down.
                 trains_MN = (trains_K[None] if kind == "ffn_down" else trains_K[:, None]).expand(place.shape)
+                # `expand` repeats the neuron's flag over its row or column without a copy; `RotatedLayer` negates it into
+                # memory of its own.
                 masked[place.module] = rotation.RotatedLayer(model.get_submodule(place.module), ~trains_MN, None)
+        # Without this the optimizer would run over zeros: every gradient is masked, and the result would equal the start.
         if not num_trained:
             raise ValueError(
                 f"method.active {config.active}: no neuron is left to train, with agreement {config.agreement} over "
                 f"{safety.facts['all']['rows']} queries of data.safety; raise active, or lower agreement"
             )
-        self.patch = Changes(masked)
+        self.patch = rotation.RotatedLayers(masked)
         patches.attach(model, inputs.below)
 
     def train(self, mode: bool = True) -> SnTune:
@@ -311,7 +234,8 @@ class SnTune(PatchAlone):
     @classmethod
     def size(cls, config: Config, skeleton: PreTrainedModel) -> Size:
         """Return the number of entries of the layers that hold neurons, and the bytes of W and the masks besides W_0."""
-        num = sum(math.prod(layer[kind].shape) for layer in _layers(skeleton, config.target_layers) for kind in TYPES)
+        num = sum(math.prod(layer[kind].shape) for layer in blocks(skeleton, config.target_layers) for kind in TYPES)
+        # W in float32 (4 bytes) and the mask as bools (1 byte); without a basis there is no W_0 U.
         return Size(num, (4 + 1) * num)
 
     def forward(self, batch: Batch) -> Loss:
@@ -320,22 +244,21 @@ class SnTune(PatchAlone):
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """Drop matrices that were computed before the optimizer, or a checkpoint, changed the weights."""
-        for layer in self.patch.masked():
-            layer.start_step()
+        self.patch.start_step()
 
     def after_step(self, lr: float) -> None:
         """Drop matrices that were computed before the step."""
-        for layer in self.patch.masked():
-            layer.start_step()
+        # An evaluation or an export may follow before the next `on_step`, and would use W of the step before.
+        self.patch.start_step()
 
     def before_pass(self, is_last: bool) -> None:
         """Tell the layers whether this is the step's last pass."""
-        for layer in self.patch.masked():
-            layer.start_pass(is_last)
+        self.patch.start_pass(is_last)
 
     def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
         """Return the changes of the weights as a patch, in the layout in which the model stores them."""
         modules = [self.model.get_submodule(name) for name in self.patch.names]
+        # In the layout of the module: GPT-2 stores weights as (inputs, outputs).
         return patches.WeightPatch.of({
             f"{name}.weight": models.linear_weight(module, state[f"layers.{number}.change_MN"].cpu())
             for number, (name, module) in enumerate(zip(self.patch.names, modules, strict=True))

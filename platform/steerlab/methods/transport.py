@@ -20,9 +20,8 @@ Axes besides those of tokens.py: N source and M target texts, K matched pairs.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from steerlab.job import Pixels, Pooling
 from steerlab.methods.contract import Fitted, SequentialConfig, check_samples
+from steerlab.methods.math.coupling import coupling, paired
 from steerlab.patches.maps import AffineMap
 
 _CONSTANT = 1e-5
@@ -42,8 +42,10 @@ class Config(SequentialConfig):
 
     name: Literal["linear_act"] = "linear_act"
     """The method."""
+    # One vector a text: the samples are texts, and their number N and M is what the coupling matches.
     pooling: Pooling = "mean"
     """Pooling of the activations that the maps are fitted on. Paper: mean."""
+    # The support of section 3.3: the affine map approximates the transport between the quantiles that it was fitted on.
     support: tuple[float, float] | None = (0.0, 1.0)
     """Two quantiles of the source, from 0 to 1; values outside of them are not mapped. [0, 1], ml-act's default, are the
     sample's extremes; null maps all values."""
@@ -55,6 +57,7 @@ class Config(SequentialConfig):
     def _check(self) -> Config:
         if self.pooling == "none":
             raise ValueError("pooling none keeps every token; a distribution over texts needs one vector a text")
+        # Equal quantiles would bound the map to a single value.
         if self.support is not None and not 0 <= self.support[0] < self.support[1] <= 1:
             raise ValueError(f"support {list(self.support)}: give two quantiles, 0 <= low < high <= 1")
         return self
@@ -65,6 +68,7 @@ class MeanConfig(Config):
 
     name: Literal["mean_act"] = "mean_act"  # type: ignore[assignment]
     """The method."""
+    # Mean- and Gaussian-AcT are exact transports of their models of the data, and have a value everywhere.
     support: tuple[float, float] | None = None
     """Two quantiles of the source, from 0 to 1; values outside of them are not mapped. null, as in ml-act, maps all values."""
     min_std: float = Field(0.0, ge=0, exclude_if=lambda smallest: smallest == 0)
@@ -83,32 +87,6 @@ class GaussianConfig(Config):
     under which a neuron that is constant on the target becomes that constant."""
 
 
-class Coupling(NamedTuple):
-    """Optimal transport between two sorted samples of size n and m, as K <= n + m - 1 weighted pairs."""
-
-    source_K: Tensor
-    """Index of the pair's value in the sorted source."""
-    target_K: Tensor
-    """Index of the pair's value in the sorted target."""
-    weight_K: Tensor
-    """Weight of the pair, float64; the weights sum to 1."""
-
-
-@functools.lru_cache
-def coupling(n: int, m: int) -> Coupling:
-    """Match the sorted values of samples of size n and m by their quantile functions.
-
-    Both quantile functions are steps, with edges at i/n and k/m. Between two neighbouring edges both are constant, which gives
-    one pair with the distance of the edges as its weight. For n = m these are the sorted values in order, of weight 1/n each.
-    """
-    # In units of 1/(nm) all edges are integers, so that no edge is lost or doubled by rounding.
-    # Cached by (n, m): a training asks for the same coupling in every step.
-    edges = torch.cat([torch.arange(n) * m, torch.arange(m) * n, torch.tensor([n * m])]).unique()
-    # Between two edges the source is at its value floor(start / m) and the target at floor(start / n).
-    starts, gaps = edges[:-1], edges.diff()
-    return Coupling(starts // m, starts // n, gaps.double() / (n * m))
-
-
 def linear_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     """Fit Linear-AcT (section 3.2): least squares on the matched pairs of every neuron.
 
@@ -124,8 +102,10 @@ def linear_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     pairs = coupling(len(source_ND), len(target_MD))
     mean_a_D, mean_b_D = source_ND.double().mean(0), target_MD.double().mean(0)
     # Centred before anything is multiplied: float32 would lose a small spread around a large mean.
+    # (D, N) and (D, M); sorting does not depend on the shift by the mean, so that centring first changes no pair.
     a_DN, b_DM = _sorted_values(source_ND - mean_a_D.float()), _sorted_values(target_MD - mean_b_D.float())
-    a_DK, b_DK = _paired(a_DN, pairs.source_K), _paired(b_DM, pairs.target_K)
+    # (D, K) with K = N for samples of one size.
+    a_DK, b_DK = paired(a_DN, pairs.source_K), paired(b_DM, pairs.target_K)
     weight_K = pairs.weight_K.float()
     # The weights sum to 1 and the samples are centred, so that these are variance and covariance without a further division.
     variance_D = (a_DK.square() @ weight_K).double()
@@ -146,6 +126,7 @@ def mean_map(source_ND: Tensor, target_MD: Tensor, min_std: float = 0.0) -> Affi
     check_samples(source_ND, target_MD)
     # In float64: the difference of two close means.
     shift_D = target_MD.double().mean(0) - source_ND.double().mean(0)
+    # The authors' code masks Mean-AcT, too; by default nothing is masked here.
     shift_D = shift_D.where(~_is_constant(source_ND, target_MD, min_std), 0.0)
     # A scale of 1 and not a map of its own: one kind of map serves, folds and composes for every affine method.
     return AffineMap(torch.ones_like(shift_D).float(), shift_D.float())
@@ -163,6 +144,7 @@ def gaussian_map(source_ND: Tensor, target_MD: Tensor, min_std: float = 1e-4) ->
         ValueError: that of `linear_map`.
     """
     check_samples(source_ND, target_MD)
+    # torch's `std` divides by n - 1; the ratio of two of them depends on that only for samples of unequal size.
     (mean_1, std_1), (mean_2, std_2) = ((x.mean(0), x.std(0)) for x in (source_ND.double(), target_MD.double()))
     # The slope of a nearly constant neuron would be noise divided by noise, or 0, which erases the neuron.
     constant_D = _is_constant(source_ND, target_MD, min_std)
@@ -175,6 +157,8 @@ def gaussian_map(source_ND: Tensor, target_MD: Tensor, min_std: float = 1e-4) ->
 
 def _is_constant(source_ND: Tensor, target_MD: Tensor, min_std: float) -> Tensor:
     """Return which neurons have a standard deviation below `min_std` on the source or on the target, (D,) bool."""
+    # Either side: a neuron that is constant on the target would be mapped to that constant (std2 / std1 near 0), which erases
+    # it.
     return (source_ND.double().std(0) < min_std) | (target_MD.double().std(0) < min_std)
 
 
@@ -188,6 +172,7 @@ def distance(source_ND: Tensor, target_MD: Tensor) -> Tensor:
     pairs = coupling(len(source_ND), len(target_MD))
     # The sort's gradient goes to the unsorted values; that the order itself changes has no gradient, and needs none.
     gap_DK = _sorted(source_ND)[:, pairs.source_K] - _sorted(target_MD)[:, pairs.target_K]
+    # (D, K) @ (K,): the weights sum to 1, so that this is a mean.
     return gap_DK.square() @ pairs.weight_K.to(gap_DK)
 
 
@@ -195,11 +180,6 @@ def _sorted_values(x_ND: Tensor) -> Tensor:
     """Sort every neuron's values, (D, N), without a gradient."""
     # NumPy's sort keeps no indices and is several times as fast as torch's on the CPU.
     return torch.from_numpy(np.sort(x_ND.detach().float().cpu().T.contiguous().numpy(), axis=1))
-
-
-def _paired(x_DN: Tensor, index_K: Tensor) -> Tensor:
-    """Return the values of the matched pairs, (D, K)."""
-    return x_DN if len(index_K) == x_DN.shape[1] else x_DN[:, index_K]
 
 
 def _sorted(x_ND: Tensor) -> Tensor:
@@ -233,7 +213,9 @@ def within_support(fitted: AffineMap, source_ND: Tensor, support: tuple[float, f
     if support is None:
         return fitted
     # Of the same source sample that the map was fitted on: with `walks` that is the one with all earlier maps applied.
+    # (2, D): the low and the high quantile of every neuron. In float64, so that 0 and 1 are the sample's own extremes.
     low_D, high_D = torch.quantile(source_ND.double(), torch.tensor(support, dtype=torch.float64), dim=0)
+    # Rounded to float32 as the activations are that they are compared with; a value equal to a bound is mapped.
     return fitted._replace(low_D=low_D.float(), high_D=high_D.float())
 
 

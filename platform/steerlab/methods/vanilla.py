@@ -27,6 +27,7 @@ class Vanilla(WholeModel):
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         # `inputs` holds nothing that a whole model needs: without a patch the loop's model is the trainee.
+        # All weights train, or adapters: the same choice as in ASIDE and ISE, which are compared with it.
         super().__init__(model, config.lora)
 
     def forward(self, batch: Batch) -> Loss:

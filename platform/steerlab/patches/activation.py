@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steerlab import models
 from steerlab.job import Pixels, Selection
-from steerlab.patches import taps
+from steerlab.patches import axes, taps
 from steerlab.patches.attaching import CannotFold, Forward
 from steerlab.patches.maps import LAYERS, AffineLayer, Map, MapLayer
 
@@ -30,9 +30,9 @@ class ActivationPatch(nn.Module):
         selection: the tokens on which the maps act, and whether on the modules' inputs or outputs.
         bounded: whether affine maps leave values outside of [low, high] as they are.
         strength_range: lowest and highest meaningful strength; None: any.
-        kinds: for maps that are not affine, the kind (maps.py) and its arguments by place:
+        kinds: for maps that are not affine, the kind (patches/maps) and its arguments by place:
             {"model.layers.3": {"kind": "low_rank", "rank": 1}}.
-        pixels: whether maps move the mean of a channel of an image, or every pixel (maps.py).
+        pixels: whether maps move the mean of a channel of an image, or every pixel (patches/maps).
     """
 
     kind: ClassVar[str] = "activation"
@@ -103,6 +103,7 @@ class ActivationPatch(nn.Module):
 
     def inverse(self) -> ActivationPatch:
         """Return the patch of the inverse maps. Raises ValueError if a map has no inverse."""
+        # Place by place: together the maps have no inverse of this form, since each changes the input of the next.
         maps = {name: layer.fitted().inverse() for name, layer in zip(self.sizes, self.layers(), strict=True)}
         return ActivationPatch.from_maps(maps, self.selection, self.strength_range, self.pixels)
 
@@ -123,17 +124,18 @@ class ActivationPatch(nn.Module):
         module = model.get_submodule(place.module)
 
         def edit(value: object) -> object:
+            # In steps of a sampler that are not steered, and in passes of other parts of a pipeline.
             if not forward.acts:
                 return value
             # A diffusion model's call has no input ids, and so no shape of tokens.
             tensor, images = taps.value_at(value, place.element, where), forward.shape_BT is None
             # A router of a mixture of experts takes all tokens in one axis, (B * T, D): strengths and masks need (B, T, D).
-            z = tensor if forward.shape_BT is None else taps.with_rows(tensor, forward.shape_BT)
-            axis = taps.feature_axis(module, z.dim(), images)
+            z = tensor if forward.shape_BT is None else axes.with_rows(tensor, forward.shape_BT)
+            axis = axes.feature_axis(module, z.dim(), images)
             # Pixels are not tokens: a diffusion model is mapped at all of them.
             tokens_BT = forward.tokens(self.selection)
             if tokens_BT is not None and not images:
-                tokens_BT = taps.beside(tokens_BT, z)
+                tokens_BT = axes.beside(tokens_BT, z)
             # Transformer blocks of a denoiser see (B, pixels, C), whose pixels are mapped one by one as tokens are (ml-act).
             pixels = self.pixels if images and axis == 1 and z.dim() > 2 else None
             mapped = layer(z.movedim(axis, -1), forward.strength(number, z.dim()), tokens_BT, pixels)
@@ -207,6 +209,7 @@ class ActivationPatch(nn.Module):
         Raises:
             CannotFold: a map acts on some tokens only, on inputs, within bounds, or on a module without such weights.
         """
+        # Folding would still round the weights.
         if strength == 0:
             return
         # Weights act on every token and every step of a sampler, and cannot bound a value.
@@ -225,7 +228,7 @@ class ActivationPatch(nn.Module):
         """Raise CannotFold for a map that moves the mean of an image's channel, unless it only shifts."""
         if self.pixels == "pixel" or models.steered_part(model) is None:
             return
-        moves_channels = taps.feature_axis(model.get_submodule(taps.tap(name).module), 4) == 1
+        moves_channels = axes.feature_axis(model.get_submodule(taps.tap(name).module), 4) == 1
         shifts = isinstance(layer, AffineLayer) and bool((layer.scale == 1).all())
         if moves_channels and not shifts:
             raise CannotFold(f"the map of {name} moves the mean of a channel, which depends on all pixels")

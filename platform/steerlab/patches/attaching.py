@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from steerlab import models
 from steerlab.job import Selection
 from steerlab.models.diffusion.passes import Pass
-from steerlab.patches import taps
+from steerlab.patches import token_masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,6 +56,7 @@ class Forward:
     """Rows and positions, each (N,), of the tokens whose logits are computed; None computes those of all tokens."""
     running: Callable[[], Pass | None] = lambda: None
     """Returns the denoiser pass that is running; returns None in a language model."""
+    # Shared: with a copy for each patch, the first to be detached would restore weights that the second one has changed.
     weights: dict[str, SharedWeight] = field(default_factory=dict)
     """Weights that patches of the stack change, by name."""
     _masks: dict[Selection, Tensor] = field(default_factory=dict)
@@ -100,8 +101,8 @@ class Forward:
             phases_BT = torch.zeros_like(roles_BT) if self.phases_BT is None else self.phases_BT
             if self.position_BT is None:
                 raise ValueError("this model carries a patch that depends on positions: call it with position_ids=")
-            prompt_B = taps.prompt_lengths(roles_BT, phases_BT)
-            masked = taps.token_mask(selection, roles_BT, phases_BT, self.position_BT, prompt_B, self.ids_BT)
+            prompt_B = token_masks.prompt_lengths(roles_BT, phases_BT)
+            masked = token_masks.token_mask(selection, roles_BT, phases_BT, self.position_BT, prompt_B, self.ids_BT)
             self._masks[selection] = masked
         return self._masks[selection]
 
@@ -109,6 +110,7 @@ class Forward:
 class Patch(Protocol):
     """What every kind of patch provides, so that stacks, saving and folding do not know the kinds."""
 
+    # In the patch's file: `load` finds the class by it.
     kind: ClassVar[str]
 
     @property
@@ -148,6 +150,7 @@ class Attached:
 
     def detach(self) -> None:
         """Remove the hooks of every patch; a weight patch also restores the model's own weights."""
+        # In the order of registration: a weight patch restores the model's weights in its handle.
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -169,6 +172,7 @@ class Attached:
         strengths = kwargs.pop("strengths", None)
         if strengths is not None:
             # One row of strengths is that of every patch of the stack.
+            # (B,) to (N, B), without a copy.
             strengths = strengths.expand(len(self.patches), -1) if strengths.dim() == 1 else strengths
             if len(strengths) != len(self.patches):
                 raise ValueError(f"{len(strengths)} rows of strengths for {len(self.patches)} patches")

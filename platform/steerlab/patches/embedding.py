@@ -78,6 +78,7 @@ class EmbeddingPatch(nn.Module):
             out_BTD = torch.where((roles_BT == DATA).unsqueeze(-1), rotated_BTD, e_BTD)
         if self.shift_RD is not None:
             # Padding (role 3) has no row in the table; its value does not matter, since no token attends to it.
+            # A gather of rows, (B, T, D).
             shift_BTD = self.shift_RD[roles_BT.clamp(max=RESPONSE)]
             out_BTD = out_BTD + (shift_BTD if strength_B11 is None else strength_B11 * shift_BTD).to(out_BTD.dtype)
         return out_BTD
@@ -135,4 +136,5 @@ def rotate(x: Tensor, angle: Tensor | float, direction: str = "right") -> Tensor
         cos, sin = (0.0 if abs(c) < 1e-12 else c for c in (math.cos(angle), math.sin(angle)))
     # In float32: cos and sin of a model in bfloat16 would change the norm of each embedding by up to 1/256.
     u, v = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    # (..., P, 2) and back to (..., D): the pairs (2k, 2k+1) are neighbours in memory.
     return torch.stack((u * cos + v * sin, v * cos - u * sin), -1).flatten(-2).to(x.dtype)

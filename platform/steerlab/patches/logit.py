@@ -58,6 +58,7 @@ class LogitPatch(nn.Module):
         """Return f(h), (..., K), in the dtype of h."""
         if self.down is None:
             return h
+        # (..., rank).
         inner = nn.functional.linear(h, self.down.to(h.dtype), None if self.bias is None else self.bias.to(h.dtype))
         return inner if self.bias is None else nn.functional.gelu(inner)
 
@@ -114,10 +115,12 @@ class LogitPatch(nn.Module):
         Raises:
             CannotFold: the vector is not a linear function of the head's input.
         """
+        # A gelu is not linear, and an earlier layer's output is no function of the head's input.
         if self.head == "mlp" or self.layer is not None:
             raise CannotFold("the vector is no linear function of what the language modelling head takes")
         self._check_fits(model)
         head = models.head(model)
+        # (V, K) @ (K, D).
         matrix_VD = self.up if self.down is None else self.up @ self.down
         # In float64, rounded once: two roundings in bfloat16 would change logits of a small vector.
         folded_VD = models.linear_weight(head).detach().double() + strength * matrix_VD.detach().double()

@@ -37,6 +37,7 @@ class RewardPatch(nn.Module):
 
     def __init__(self, reward: str | None, head: str | None, weight: float, candidates: int) -> None:
         super().__init__()
+        # Both or neither: a saved patch must say from which of the two its rewards came.
         if (reward is None) == (head is None):
             raise ValueError("a reward patch has either a reward model or a head")
         self.reward, self.head, self.weight, self.candidates = reward, head, weight, candidates
@@ -47,6 +48,7 @@ class RewardPatch(nn.Module):
             return models.reward_head(model, sources.fetch(self.head))
         assert self.reward is not None
         rewards = models.load_reward_model(models.prepare(sources.fetch(self.reward)))
+        # In the model's dtype: both read the same text, and a float32 copy would take twice the memory.
         rewards.to(model.device, model.dtype)
         # The sizes are all that can be compared here; methods/args.py compares the tokenizers.
         if rewards.num_tokens < models.linear_shape(models.head(model))[0]:
@@ -58,6 +60,7 @@ class RewardPatch(nn.Module):
         rewards = self.rewards(model)
         if self.head is not None:
             rewards.head.to(model.device)
+        # At most one entry: what `take` has read before the model's pass, for `edit` in its head.
         read: list[tuple[Any, Tensor]] = []
         newest: list[tuple[Tensor | None, bool]] = []
 
@@ -94,15 +97,19 @@ class RewardPatch(nn.Module):
         cache, mask_BT = read
         row_Q, column_Q = _places(logits_BTV, mask_BT, forward.only)
         logits_QV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
+        # (Q, K): Q computed logits over all rows, K candidates each.
         top_QK, token_QK = logits_QV.topk(self.candidates)
         # Rows are scored together, column by column; a place that nobody asked for gets the token 0 and is not read back.
         columns_C, at_Q = _columns(column_Q, logits_BTV.shape[1], forward.only)
         candidates_BCK = token_QK.new_zeros(len(mask_BT), len(columns_C), self.candidates)
         candidates_BCK[row_Q, at_Q] = token_QK
+        # (B, C, K) back to the logits that were asked for, (Q, K).
         reward_QK = rewards.of(candidates_BCK, columns_C, mask_BT, cache)[row_Q, at_Q]
         alpha = forward.strength_of_logits(number)
         shape = (*logits_BTV.shape[:2], 1)
+        # One factor for each computed logit; `expand` repeats a row's strength over its columns.
         alpha_Q1 = (reward_QK.new_ones(shape) if alpha is None else alpha.expand(shape)).reshape(-1, 1).to(reward_QK.dtype)
+        # From the largest logit down, so that the floor is below every candidate whatever the size of the logits.
         scored_QV = (top_QK[:, :1] + _UNSEEN).expand_as(logits_QV).to(logits_QV.dtype).clone()
         scored_QV.scatter_(1, token_QK, (top_QK + alpha_Q1 * self.weight * reward_QK).to(logits_QV.dtype))
         # Row by row: rows of strength 0 keep all of their tokens.

@@ -109,6 +109,7 @@ def load(directory: Path, model: PreTrainedModel | None = None) -> SavedPatch:
 @cache
 def _arguments(kind: str) -> type[BaseModel]:
     """Return a strict pydantic model of the arguments of a kind's constructor, made from its annotations."""
+    # From the annotations: a new argument of a patch is checked without a second list of its fields.
     constructor = KINDS[kind].__init__  # type: ignore[misc]
     types = get_type_hints(constructor)
     parameters = list(inspect.signature(constructor).parameters.values())[1:]  # without self
@@ -139,6 +140,7 @@ def _whole_numbers(value: Json) -> Iterator[int]:
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _whole_numbers(item)
+    # bool is a subclass of int, and no size.
     elif isinstance(value, int) and not isinstance(value, bool):
         yield value
 

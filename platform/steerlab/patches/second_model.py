@@ -53,6 +53,7 @@ class SecondModelPatch(nn.Module):
         # The sizes are all that can be compared here: a patch does not know the tokenizers.
         if own != other:
             raise ValueError(f"the second model has {own} tokens, {type(model).__name__} has {other}")
+        # In the model's dtype and on its device, since the sum of logits is taken there.
         self.second.to(device=model.device, dtype=model.dtype)  # type: ignore[reportCallIssue]  # a decorator hides `self`
         log_probs: list[Tensor] = []
         cache = models.cache_name(self.second)
@@ -72,6 +73,7 @@ class SecondModelPatch(nn.Module):
             log_probs[:] = [out.logits.float().log_softmax(-1)]
 
         def edit(_module: nn.Module, _inputs: object, logits_BTV: Tensor) -> Tensor:
+            # Popped: a pass whose head runs twice, or whose second model did not run, fails instead of adding old values.
             alpha, added_BTV = forward.strength_of_logits(number), log_probs.pop()
             return logits_BTV + (added_BTV if alpha is None else alpha * added_BTV).to(logits_BTV.dtype)
 

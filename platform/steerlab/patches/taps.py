@@ -1,18 +1,14 @@
-"""Taps: the places in a model where activations are read and steered, their tokens, and the pooling of their values.
+"""Taps: the places in a model where activations are read and steered, and a reader of their values.
 
-A `Selection` (job/selection.py) names modules and tokens. `select` returns its modules as taps, `token_mask` its tokens of one
-call, and `pool` reduces the values of these tokens to one vector for each row. A `Reader` runs the model up to the last module
-that is read. All of this is one file, longer than others, because reading and steering must agree on what a place, its tokens
-and its neurons are.
+A `Selection` (job/selection.py) names modules and tokens. `select` returns its modules as taps; token_masks.py has its tokens
+of one call, axes.py says which axis of a value are the neurons. A `Reader` runs the model up to the last module that is read.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,13 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from steerlab import models
 from steerlab.guards import expressions
-from steerlab.inputs.drawings import Drawings
-from steerlab.inputs.tokens import GENERATION, PADDING, PHASES, PROMPT, ROLES, Batch
-from steerlab.job import Pooling, Selection, Span
+from steerlab.job import Selection
+from steerlab.patches import axes
 
 if TYPE_CHECKING:
     from steerlab.models.kinds import Model
 
+# Up to three digits: longer numbers are no element of an output, and `int` of an endless one would take long.
 _ELEMENT = re.compile(r"(?P<modules>.*):(?P<element>\d{1,3})")
 
 
@@ -56,6 +52,7 @@ def select(model: nn.Module, selection: Selection) -> list[Tap]:
     Raises:
         ValueError: a pattern is not a regular expression, or no module is left; the message lists similar names.
     """
+    # Apart from the expression: a colon in one would be matched against module paths, which have none.
     pattern, element = selection.modules, None
     if match := _ELEMENT.fullmatch(pattern):
         pattern, element = match["modules"], int(match["element"])
@@ -69,6 +66,7 @@ def select(model: nn.Module, selection: Selection) -> list[Tap]:
         near = expressions.part(pattern, names) or difflib.get_close_matches(pattern[:200], names, n=5, cutoff=0.2)
         hint = f"near: {', '.join(near[:5])}" if near else f"there are: {', '.join(names[:5])}, ..."
         raise ValueError(f"no module path matches {pattern[:200]!r} as a whole; {hint}")
+    # The order of `named_modules`, in which modules are defined; the order in which they run is known only from a pass.
     chosen = matches
     if selection.exclude_modules is not None:
         excluded = set(expressions.whole(selection.exclude_modules, matches))
@@ -114,139 +112,6 @@ def _alike(names: Sequence[str], candidates: Sequence[str]) -> list[str]:
     return [name for leaf in dict.fromkeys(alike) for name in by_leaf[leaf]] or [n for n in candidates if "norm" in n]
 
 
-def token_mask(
-    selection: Selection,
-    roles_BT: Tensor,
-    phases_BT: Tensor,
-    position_BT: Tensor,
-    prompt_B: Tensor,
-    ids_BT: Tensor | None = None,
-) -> Tensor:
-    """Return a mask of the selected tokens of a call, (B, T) bool; padding is never selected.
-
-    Args:
-        selection: roles, phases, positions and ids to select or exclude.
-        roles_BT: roles, `PADDING` where there is no token.
-        phases_BT: `PROMPT` or `GENERATION`.
-        position_BT: position of each token in its row, counted from 0 without padding.
-        prompt_B: number of tokens in each row's prompt; negative positions count from the prompt's end.
-        ids_BT: token ids; None if the caller has none.
-
-    Raises:
-        ValueError: the selection asks for token ids, of which there are none.
-    """
-    # Padding first, whatever the selection says: its activations are garbage that would move means and maps.
-    mask_BT = roles_BT != PADDING
-    if selection.roles is not None:
-        mask_BT = mask_BT & _one_of(roles_BT, selection.roles, ROLES)
-    mask_BT = mask_BT & ~_one_of(roles_BT, selection.exclude_roles, ROLES)
-    # -1 for the prompt's last token. Generated tokens get 0, which no negative position matches.
-    back_BT = torch.where(phases_BT == PROMPT, position_BT - prompt_B[:, None], 0)
-    is_end_BT = (back_BT == -1) if "prompt_end" in selection.phases else torch.zeros_like(mask_BT)
-    # The end of the prompt is a token of the phase `prompt`, which has a number of its own; the end has none.
-    mask_BT = mask_BT & (is_end_BT | _one_of(phases_BT, [name for name in selection.phases if name in PHASES], PHASES))
-    if selection.asks_ids:
-        mask_BT = mask_BT & _with_ids(selection, ids_BT)
-    if selection.positions is not None:
-        mask_BT = mask_BT & _within(selection.positions, position_BT, back_BT)
-    return mask_BT & ~_within(selection.exclude_positions, position_BT, back_BT)
-
-
-def _with_ids(selection: Selection, ids_BT: Tensor | None) -> Tensor:
-    """Return a mask of the tokens whose ids a selection takes, (B, T) bool."""
-    if ids_BT is None:
-        raise ValueError("token_ids selects tokens by their ids: call the model with input_ids=")
-    mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-    if selection.token_ids is not None:
-        mask_BT = torch.isin(ids_BT, _on_device(tuple(selection.token_ids), ids_BT.dtype, ids_BT.device))
-    excluded = _on_device(tuple(selection.exclude_token_ids), ids_BT.dtype, ids_BT.device)
-    return mask_BT & ~torch.isin(ids_BT, excluded)
-
-
-# Once for all calls: a decoding step on a GPU would wait for the copy each time.
-@lru_cache(maxsize=64)
-def _on_device(ids: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # A tensor of inference mode could not be used where gradients flow.
-    with torch.inference_mode(False):
-        return torch.tensor(ids, dtype=dtype, device=device)
-
-
-def _one_of(values_BT: Tensor, names: Sequence[str], table: dict[str, int]) -> Tensor:
-    # By comparisons with numbers: a tensor of the few numbers would be copied to a GPU in every call.
-    mask_BT = torch.zeros_like(values_BT, dtype=torch.bool)
-    for name in names:
-        mask_BT = mask_BT | (values_BT == table[name])
-    return mask_BT
-
-
-def _within(spans: Sequence[Span], position_BT: Tensor, back_BT: Tensor) -> Tensor:
-    """Return a mask of the tokens in any of the spans; `back_BT` is the position from the prompt's end, 0 after the prompt."""
-    inside_BT = torch.zeros_like(position_BT, dtype=torch.bool)
-    for start, end in spans:
-        here_BT = torch.ones_like(inside_BT)
-        if start is not None:
-            # A negative start counts from the prompt's end and never reaches generated tokens, whose `back_BT` is 0.
-            here_BT &= position_BT >= start if start >= 0 else (back_BT >= start) & (back_BT < 0)
-        if end is not None:
-            here_BT &= position_BT < end if end >= 0 else back_BT < end
-        inside_BT |= here_BT
-    return inside_BT
-
-
-def prompt_lengths(roles_BT: Tensor, phases_BT: Tensor) -> Tensor:
-    """Return the number of tokens in each row's prompt, (B,)."""
-    return ((roles_BT != PADDING) & (phases_BT != GENERATION)).sum(1)
-
-
-def selected(batch: Batch | Drawings, selection: Selection, device: torch.device | None = None) -> Tensor:
-    """Return a mask of the selected tokens of a padded batch, (B, T) bool; (B, 1) for images, of which all pixels are.
-
-    `device` is where a mask for images is made, the model's; one of tokens is made beside them.
-    """
-    if isinstance(batch, Drawings):
-        return torch.ones(len(batch.prompts), 1, dtype=torch.bool, device=device)
-    prompt_B = prompt_lengths(batch.roles, batch.phases)
-    return token_mask(selection, batch.roles, batch.phases, batch.position_ids, prompt_B, batch.input_ids)
-
-
-def pool(z_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
-    """Reduce each row's selected tokens to one vector, (B, D) float32.
-
-    Args:
-        z_BTD: values; those of an image as (B, pixels, channels).
-        mask_BT: True for the selected tokens, at least one in each row; (B, 1) selects all of a row.
-        pooling: how to reduce them; `none` is refused.
-
-    Raises:
-        ValueError: the pooling is `none`.
-    """
-    if mask_BT.shape[1] == 1 and pooling == "mean":
-        return z_BTD.float().sum(1) / z_BTD.shape[1]  # the same as below, without a pass over an expanded mask
-    mask_BT = mask_BT.expand(z_BTD.shape[:2])
-    mask_BT1 = mask_BT.unsqueeze(-1)
-    match pooling:
-        case "mean":
-            # `where`, not a product with the mask: a NaN in a token that is not selected times 0 is NaN.
-            return z_BTD.float().where(mask_BT1, 0.0).sum(1) / mask_BT1.sum(1)
-        case "median":
-            # The lower of the two middle values where their number is even, as torch's median.
-            median_BD = z_BTD.float().where(mask_BT1, torch.nan).nanmedian(1).values
-            # A NaN in a selected token is an error to be seen, not a value to be passed over.
-            return median_BD.where(~(z_BTD.isnan() & mask_BT1).any(1), torch.nan)
-        case "max":
-            # Tokens that are not selected become the identity of the reduction.
-            # The maximum of rounded values is the rounded maximum, so that the cast to float32 can follow on (B, D) numbers.
-            return z_BTD.where(mask_BT1, -torch.inf).amax(1).float()
-        case "min":
-            return z_BTD.where(mask_BT1, torch.inf).amin(1).float()
-        case "last":
-            # argmax of the reversed mask is the first True from the end.
-            last_B = mask_BT.shape[1] - 1 - mask_BT.flip(1).int().argmax(1)
-            return z_BTD[torch.arange(len(z_BTD), device=z_BTD.device), last_B].float()
-        case "none":
-            raise ValueError("pooling none keeps every token: there is nothing to pool")
-
-
 def value_at(output: object, element: int | None, where: str) -> Tensor:
     """Return the tensor of a tap in a module's output or first argument.
 
@@ -265,6 +130,7 @@ def value_at(output: object, element: int | None, where: str) -> Tensor:
         value = output[element or 0]
     elif element:
         raise ValueError(f"{where} is no tuple: there is no element {element}")
+    # Modules of transformers return tensors, tuples, or dataclasses with several of them.
     if not isinstance(value, Tensor):
         raise ValueError(f"{where} holds a {type(value).__name__}, not a tensor")
     return value
@@ -278,57 +144,6 @@ def replaced(output: object, element: int | None, value: Tensor) -> object:
     items = list(output)
     items[element or 0] = value
     return type(output)(items)
-
-
-def feature_axis(module: nn.Module, rank: int, images: bool = True) -> int:
-    """Return the axis of a module's neurons in a value with `rank` axes: 1, the channels, or the last axis.
-
-    Args:
-        module: the module whose input or output the value is.
-        rank: number of axes of the value.
-        images: whether a value with four axes, of a module of unknown class, is an image (B, C, H, W); in a language model it
-            has an axis of attention heads.
-    """
-    # Not by the rank alone: a GroupNorm inside an attention block of a diffusion model sees (B, C, pixels).
-    if isinstance(module, nn.GroupNorm | nn.modules.conv._ConvNd | nn.modules.batchnorm._NormBase):
-        return 1
-    # Transformer blocks inside a diffusion model work on (B, pixels, channels).
-    if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm):
-        return rank - 1
-    return 1 if images and rank == 4 else rank - 1
-
-
-def head_axis(z: Tensor, num_tokens: int) -> int | None:
-    """Return the axis of attention heads in a language model's value, (B, T, H, D) or (B, H, T, D); None without heads."""
-    if z.dim() != 4 or num_tokens not in z.shape[1:3]:
-        return None
-    if z.shape[1] != z.shape[2]:
-        return 2 if z.shape[1] == num_tokens else 1
-    # As many heads as tokens, so the sizes do not tell: a transposed view still has the memory order of (B, T, H, D).
-    return 2 if z.stride(1) >= z.stride(2) else 1
-
-
-def with_rows(z: Tensor, shape_BT: tuple[int, ...]) -> Tensor:
-    """Return a value with all tokens of a call in one axis, (B * T, D), as (B, T, D); return other values as they are."""
-    return z.unflatten(0, shape_BT) if z.dim() == 2 and len(z) == math.prod(shape_BT) else z
-
-
-def per_token(z: Tensor, shape_BT: tuple[int, ...]) -> Tensor:
-    """Return one vector for each token, (B, T, D): the mean over attention heads if there are any; other shapes unchanged."""
-    axis = head_axis(z, shape_BT[1])
-    return with_rows(z, shape_BT) if axis is None else z.mean(axis)
-
-
-def beside(tokens_BT: Tensor, z: Tensor) -> Tensor:
-    """Return a mask of tokens, with an axis for attention heads if the value has one, so that it broadcasts over `z`."""
-    axis = head_axis(z, tokens_BT.shape[1])
-    return tokens_BT if axis is None else tokens_BT.unsqueeze(axis)
-
-
-def as_tokens(z: Tensor, axis: int) -> Tensor:
-    """Return a value as (B, T, D): the neurons, which are on `axis`, last, and all axes but the first joined into one."""
-    last = z.movedim(axis, -1)
-    return last.flatten(1, -2) if last.dim() > 2 else last.unsqueeze(1)
 
 
 def did_not_run(names: Sequence[str], number: int) -> str:
@@ -374,6 +189,7 @@ class Reader:
         self._shape_BT = tuple(ids_BT.shape) if isinstance(ids_BT, Tensor) else None
         try:
             self._model(**inputs)
+        # An exception, as a hook has no other way to end a pass; it unwinds through the model's own `with` blocks.
         except _Done:
             pass
         finally:
@@ -410,9 +226,9 @@ class Reader:
             )
         value = value_at(output, place.element, f"the value of {place.module}")
         if call is not None:
-            value = as_tokens(call.with_prompt(value), feature_axis(module, value.dim()))
+            value = axes.as_tokens(call.with_prompt(value), axes.feature_axis(module, value.dim()))
         elif self._shape_BT is not None and not place.element:  # later elements are attention weights, keys and values
-            value = per_token(value, self._shape_BT)
+            value = axes.per_token(value, self._shape_BT)
         parts.append(value)
         # Counted over all taps: modules may run in another order than they are defined in.
         if self._stop and sum(map(len, self._values.values())) == self._number * self._reads:
@@ -440,6 +256,7 @@ def widths(model: Model, steer: Selection) -> dict[str, int]:
     reader = Reader(model, places, steer.side)
     try:
         with torch.no_grad():
+            # The neurons are the last axis in whatever a reader returns.
             return {name: value.shape[-1] for name, value in reader(**models.small_inputs(model)).items()}
     finally:
         reader.close()

@@ -31,6 +31,7 @@ class WeightPatch(nn.Module):
 
     def __init__(self, shapes: dict[str, list[int]], rank: int = 0) -> None:
         super().__init__()
+        # One rank for all weights: it is one number in the spec, and shapes follow from it.
         self.shapes, self.rank = dict(shapes), rank
         if rank:
             # Frozen: what trains are the method's own parameters; the patch holds only the result.
@@ -101,6 +102,7 @@ class WeightPatch(nn.Module):
             write(values[0])
             seen[:] = [forward.strengths_NB]
 
+        # On the whole model, before any layer reads its weights.
         handle = model.register_forward_pre_hook(before)
 
         def restore() -> None:
@@ -111,6 +113,7 @@ class WeightPatch(nn.Module):
 
     def _part(self, place: int, strength: float) -> Tensor:
         """Return the difference of the weight number `place`, times the strength."""
+        # Multiplied out when the strength changes: as a product in each pass it would cost two matrix products a layer.
         return strength * (self.ups[place] @ self.downs[place] if self.rank else self.deltas[place])
 
     def spec(self) -> dict[str, object]:
@@ -125,6 +128,7 @@ class WeightPatch(nn.Module):
         """Add the differences, times the strength, to the weights."""
         for name, delta in self.differences():
             weight = model.get_parameter(name)
+            # Into the same memory, so that a tied weight changes under all of its names.
             weight.data.copy_(weight + strength * delta.to(weight.device))
 
 
@@ -136,6 +140,7 @@ class _Restoring(RemovableHandle):
     """A hook's handle that also restores the model's own weights when it is removed."""
 
     def __init__(self, handle: RemovableHandle, restore: Callable[[], None]) -> None:
+        # Not `super().__init__`, which would register an id in a dict of hooks that it does not have.
         self._handle, self._restore = handle, restore
 
     def remove(self) -> None:

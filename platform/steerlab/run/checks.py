@@ -20,7 +20,7 @@ from steerlab.job import Job, JobError
 from steerlab.methods import TABLE
 from steerlab.methods.contract import Trained, check_masters
 from steerlab.methods.preparations import Prepare
-from steerlab.patches import taps
+from steerlab.patches import axes, taps
 from steerlab.run import length
 from steerlab.run.prompt_checks import check_ids, check_template, state_of
 from steerlab.run.task_checks import check_named, check_reach, check_rows, check_tasks, tasks_of
@@ -224,7 +224,7 @@ def _check_runs(chosen: Sequence[taps.Tap], skeleton: Model, outputs: bool) -> N
     for tap in chosen if outputs else ():
         # Outputs such as an auxiliary loss or a cache have no axis of tokens, and a patch adds a value at each token.
         value = taps.value_at(running[tap.module], tap.element, f"the value of {tap.module}")
-        if not tap.element and taps.per_token(value, models.DRY_SHAPE_BT).shape[:2] != models.DRY_SHAPE_BT:
+        if not tap.element and axes.per_token(value, models.DRY_SHAPE_BT).shape[:2] != models.DRY_SHAPE_BT:
             raise ValueError(
                 f"the value of {tap.module} has the axes {tuple(value.shape)} where {models.DRY_SHAPE_BT[0]} rows of "
                 f"{models.DRY_SHAPE_BT[1]} tokens are read: none for each token, so there is nothing to read or steer"

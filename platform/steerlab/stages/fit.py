@@ -255,7 +255,7 @@ def _readings(model: Any, params: Params, steer: Selection) -> tuple[list[Readin
 
     from steerlab.activations.reading import TextReader, batches
     from steerlab.methods.math.sequential_fit import Reading
-    from steerlab.patches import taps
+    from steerlab.patches import token_masks
 
     assert params.extract is not None
     reader = TextReader(model, params.extract)
@@ -267,7 +267,7 @@ def _readings(model: Any, params: Params, steer: Selection) -> tuple[list[Readin
     for chunk in batches([len(text) for text, _ in texts], params.extract.batch_tokens):
         batch = model.encoder.collate([texts[i][0] for i in chunk]).to(model.device)
         is_target_B = torch.tensor([texts[i][1] for i in chunk])
-        read_BT, steered_BT = (taps.selected(batch, select, model.device) for select in (params.extract.select, steer))
+        read_BT, steered_BT = (token_masks.selected(batch, select, model.device) for select in (params.extract.select, steer))
         readings.append(Reading(batch.patched_inputs, read_BT, steered_BT, is_target_B))
     # The fit runs batches in threads side by side (sequential_fit.py), and a model's patches know the tokens of one call only.
     if model.patches and len(readings) > 1:

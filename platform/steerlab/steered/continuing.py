@@ -66,6 +66,7 @@ class Room:
         if not decoding.num_bytes:
             # Without a cache every step reads all tokens again, which takes as much memory as reading the prompts.
             return max(1, self.batch_tokens // (decoding.num_columns + self.max_new_tokens))
+        # Measured on a batch that was read: architectures keep different numbers of heads, and some keep states of fixed size.
         per_token = decoding.num_bytes / (len(decoding.strength_B) * decoding.num_columns)
         longest = decoding.num_columns + self.max_new_tokens
         bytes_per_row = per_token * longest + _LOGITS * 4 * decoding.logits_BV.shape[1]
@@ -76,6 +77,7 @@ def _memory(device: torch.device) -> float:
     """Return the number of bytes that a batch may take."""
     if device.type != "cuda":
         return _HOST_BYTES
+    # PyTorch's cache holds blocks that the driver counts as taken, and that a batch can have.
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return _SHARE * (torch.cuda.mem_get_info(device)[0] + unused)
 
@@ -107,12 +109,14 @@ class _Running:
         if numbers:
             self.uniforms_BN = torch.stack(numbers).to(device)
         if self.sampling.repetition_penalty != 1:
+            # (B, V) bool: repetition is looked up by token and not searched in texts.
             self.seen_BV = torch.zeros_like(self.decoding.logits_BV, dtype=torch.bool)
             for number, row in enumerate(self.rows):
                 self.seen_BV[number, torch.tensor(row.row.input_ids, device=device)] = True
 
     def choose(self) -> tuple[Tensor, list[int]]:
         """Return the next token of every row, on the device and as a list."""
+        # By the row's own count of tokens, (B,): rows that entered at different times draw as if each were alone.
         uniform_B = None if self.uniforms_BN is None else self.uniforms_BN.gather(1, self.num_B[:, None])[:, 0]
         token_B, tokens = choose(self.decoding.logits_BV.float(), self.seen_BV, self.sampling, uniform_B)
         if self.seen_BV is not None:
@@ -205,6 +209,7 @@ def continued(
         if running.is_worth_moving(room.max_new_tokens):
             running.keep(left)
             token_B = token_B[torch.tensor(left, device=token_B.device)]
+        # One column for every row in the batch, also for those that have ended and wait to leave.
         running.decoding.step(token_B)
 
 

@@ -132,6 +132,7 @@ def explain(model: SteeredModel, conversation: Conversation, *, num: int = 10, s
     batch = collate([model.encoder.encode(conversation)], model.encoder.pad_id, loss_on="response").to(model.device)
     tokens = scoring.predicted(batch)
     base_NV, policy_NV = (scoring.wide(model.logits(batch, s, tokens.places)[0]) for s in (0.0, strength))
+    # At strength 0 the same pass gives the base: its logits are those of the model without the newest patch, bit for bit.
     vector_NV = policy_NV - base_NV
     scores = scoring.compared(base_NV, vector_NV, tokens.target_N)
     return [
@@ -222,5 +223,6 @@ def summarise(model: SteeredModel, conversations: Sequence[Conversation], *, num
 
 def _top(model: SteeredModel, vector_V: Tensor, num: int, sign: int = 1) -> list[tuple[str, float]]:
     # For the tokens whose logits fall, the caller negates the vector, and `sign` the values again.
+    # At most V: a small vocabulary has fewer tokens than are asked for.
     values, ids = vector_V.topk(min(num, len(vector_V)))
     return [(model.encoder.shown(i), sign * value) for value, i in zip(values.tolist(), ids.tolist(), strict=True)]

@@ -54,6 +54,7 @@ class Predicted(NamedTuple):
 
     def at(self, values_BTX: Tensor) -> Tensor:
         """Return the values at the positions that predict the tokens, (N, X)."""
+        # (B, T, X) indexed by two (N,) tensors.
         return values_BTX[self.places]
 
 
@@ -67,6 +68,7 @@ def log_probs(model: nn.Module, batch: Batch, tokens: Predicted) -> Tensor:
     """Return the log-probabilities (nats) of tokens under a model with its patches, (N,)."""
     # `only` skips the logits of prompts and padding, which would take most of the memory.
     logits_NV = model(**batch.patched_inputs, only=tokens.places, use_cache=False).logits[0]
+    # Summed by nobody here: a caller takes sums or means over the tokens of each response.
     return -nn.functional.cross_entropy(wide(logits_NV), tokens.target_N, reduction="none")
 
 
@@ -88,6 +90,7 @@ class StateReader:
     def __init__(self, model: PreTrainedModel, layer: int | None) -> None:
         head = next(name for name, module in model.named_modules() if module is models.head(model))
         self._head = taps.Tap(head)
+        # The pass ends at the head's input: logits of the whole batch are never computed.
         self._reader = taps.Reader(model, [self._head], side="input")
         self._tapped: list[Tensor] = []
         self._handles = []
@@ -134,6 +137,7 @@ def compared(reference_NV: Tensor, vector_NV: Tensor, target_N: Tensor, referenc
         target_N: Ids of the tokens.
         reference_lse_N: logsumexp of the reference's logits, if the caller has computed it.
     """
+    # (N, V): the largest tensors of the comparison, of which there are two besides the inputs.
     policy_NV = reference_NV + vector_NV
     policy_lse_N = policy_NV.logsumexp(-1)
     reference_lse_N = reference_NV.logsumexp(-1) if reference_lse_N is None else reference_lse_N
@@ -188,6 +192,7 @@ def scores_at(
     scored: list[list[Scores]] = [[] for _ in strengths]
     # Pieces outside, strengths inside: the logits of a piece, which cost the most, are computed once for all strengths.
     for last_ND, features_NK, targets in zip(*(values.split(size) for values in (*states, target_N)), strict=True):
+        # Once for all strengths: the vector is linear in its strength, and so is nothing that comes after it.
         vector_NV = nn.functional.linear(features_NK, up_VK)
         reference_NV = head.forward(last_ND).to(vector_NV.dtype)  # without the head's hooks, as in `_piece`
         lse_N = reference_NV.logsumexp(-1)

@@ -38,6 +38,7 @@ from steerlab.data.sources import cache_root
 from steerlab.guards import files, saved
 from steerlab.storage.store import Store, StoreError
 
+# LOOK_S x LOOKS is 60 s, twelve beats: one who waits takes nobody for dead because a few writes were slow.
 BEAT_S = 5.0
 """Seconds between two numbers of a holder's counter."""
 LOOK_S, LOOKS = 2.0, 30
@@ -55,6 +56,7 @@ class Lost(RuntimeError):
 
 class _Turn(saved.Shape):
     id: str
+    # Bounded: the file lies where others may write, and the text is shown.
     who: str = Field(max_length=300)
     lock: str
     """Name of the lock that the holder has; empty if its file system has no locks."""
@@ -101,6 +103,7 @@ class Claim:
 
     def _beat(self) -> None:
         count = 0
+        # An event and no sleep: the end of the block does not wait for the next beat.
         while not self._stop.wait(BEAT_S):
             count += 1
             # A store that fails for a while is asked again with the next beat; if meanwhile the claim is taken over, that is
@@ -109,6 +112,7 @@ class Claim:
                 if not self._is_mine():
                     self.lost = True
                     return
+                # A counter that changes, and no time: clocks of two machines differ.
                 self._store.write_text(_file(self._folder, self._number, "beat"), str(count))
 
     def _is_mine(self) -> bool:
@@ -132,6 +136,7 @@ def hold(store: Store, name: str, *, wait: bool, say: Say = lambda line: None) -
     """
     folder = f"claims/{name}"
     with ExitStack() as stack:
+        # The lock first: of the processes of one machine only one looks at the turns at all.
         lock = stack.enter_context(_locked(store, name, wait, say))
         number, turn = _next(store, folder, lock, wait, say)
         claim = Claim(store, folder, number, turn)
@@ -179,15 +184,18 @@ def _locked(store: Store, name: str, wait: bool, say: Say) -> Iterator[str]:
 def _lock_path(store: Store, name: str) -> Path:
     if store.is_local:
         return store.on_disk("claims", f"{name}.lock")
+    # A bucket has no locks: processes of this machine share a file of their own for each ROOT.
     return cache_root() / "claims" / f"{hashlib.sha256(store.root.encode()).hexdigest()[:16]}-{name}.lock"
 
 
 def _next(store: Store, folder: str, lock: str, wait: bool, say: Say) -> tuple[int, _Turn]:
     """Create the next turn as soon as the newest one has ended, or its holder is dead."""
+    # The id is what `_is_mine` compares: user, machine and process number may come again.
     mine = _Turn(id=uuid.uuid4().hex, who=_who(), lock=lock)
     seen, looks = _Newest(0, None, ""), 0
     while True:
         newest = _newest(store, folder)
+        # Own looks at an unchanged turn and counter: no clock is read.
         looks = looks + 1 if newest == seen else 0
         # This process has the lock that the holder has to have.
         is_dead = newest.turn is not None and lock != "" and newest.turn.lock == lock
@@ -210,6 +218,7 @@ def _next(store: Store, folder: str, lock: str, wait: bool, say: Say) -> tuple[i
 def _take(store: Store, folder: str, past: _Newest, mine: _Turn) -> int | None:
     """Create the turn after `past` and remove those before it; return its number, or None if another process was faster."""
     number = past.number + 1
+    # The one step that excludes: of several that create this turn, the store lets one through.
     if not store.create_json(_file(folder, number), mine.model_dump()):
         return None
     # What was seen before the creation may be old: this process was stopped since, or a client of NFS had kept a listing, which
@@ -236,6 +245,7 @@ def _remove(store: Store, folder: str, number: int) -> None:
 
 
 def _turns(store: Store, folder: str) -> list[int]:
+    # Files of other names, such as half-written ones, are no turns.
     names = (name.removesuffix(".json") for name in store.list(folder) if name.endswith(".json"))
     return [int(name) for name in names if name.isascii() and name.isdigit()]
 

@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 _PACKAGES = {"s3": "botocore", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
 """Scheme -> package that writes there. Other schemes are pyarrow's `mock` and fsspec's `memory`, which no process shares."""
 _EXTRAS = {"botocore": "s3", "gcsfs": "gs", "adlfs": "azure"}
+# Short: a holder whose beat hangs for a minute counts as dead.
 _CONNECT_S, _READ_S = 5, 10
 _EXISTS = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 """Answers of S3 if the object exists, or if another one is being written there at the same moment."""
@@ -40,6 +41,7 @@ def write_file(path: Path, content: bytes) -> bool:
     """Write a file if it does not exist; return whether this call wrote it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A link and not O_EXCL: the file appears with its content, and on NFS the server decides.
+    # Hidden and of a name of its own, so that two writers do not share a half-written file.
     written = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         written.write_bytes(content)
@@ -48,6 +50,7 @@ def write_file(path: Path, content: bytes) -> bool:
         # The answer of an NFS server may have been lost, and the request sent again.
         return written.exists() and os.path.samefile(written, path)
     finally:
+        # The link keeps the content: the second name is all that goes.
         written.unlink(missing_ok=True)
     return True
 
@@ -67,6 +70,7 @@ def write_object(root: str, path: str, content: bytes) -> bool:
     check(root)
     if _scheme(root) == "s3":
         bucket, _, key = path.partition("/")
+        # A client for each process: botocore's connections do not survive a fork.
         return _write_s3(_s3_client(root, os.getpid()), bucket, key, content)
     filesystem = _filesystem(root)
     with _within_process:  # `memory` looks first and then writes

@@ -27,9 +27,11 @@ def fault_of(loss: float, history: Sequence[Mapping[str, float]], spike: float |
     """
     if not math.isfinite(loss):
         return f"is {loss}"
+    # Steps that were left out do not count: they are what the others are compared with.
     before = [line[LOSS] for line in history[-_WINDOW:] if LOSS in line and SKIPPED not in line]
     if spike is None or len(before) < _FEWEST:
         return None
+    # A median and no mean: one spike among the steps before would raise the bar for the next.
     median = statistics.median(before)
     # Losses may be negative (log likelihood ratios), where a multiple means nothing.
     if median <= 0 or loss <= spike * median:
@@ -55,6 +57,7 @@ def message(name: str, fault: str, step: int, rows: Sequence[int], data: str, ch
         skipped: Number of steps that were left out before.
     """
     shown = ", ".join(map(str, rows[:_MOST_ROWS])) + (f" and {len(rows) - _MOST_ROWS} more" if len(rows) > _MOST_ROWS else "")
+    # Both: continuing from it repeats the step with the same rows, so that a setting has to change.
     where = f"the newest checkpoint before it is {checkpoint}" if checkpoint else "there is no checkpoint before it"
     limit = f"{skipped} steps were left out before (train.skip_steps); " if skipped else ""
     return (

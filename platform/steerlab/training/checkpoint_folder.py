@@ -15,50 +15,22 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import pyarrow.fs as pafs
 import torch
-from pydantic import FiniteFloat
 from torch import distributed
 
-from steerlab.data.sources import SourceError, remote
-from steerlab.guards import files, saved
-from steerlab.storage.whole import is_intact, json_sum, written_whole, xxh3
+from steerlab.data.sources import remote
+from steerlab.guards import files
+from steerlab.storage.whole import json_sum, written_whole, xxh3
+from steerlab.training.checkpoint_records import Best, NotWhole, compare, expected, record_name, records
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"[0-9]{9,18}")
 """Name of a checkpoint's folder: the number of its step, so that the order of names is that of steps. Others are ignored."""
-_LONGEST_RECORD = 2**20
-"""Bytes of a record at most; it names a handful of files."""
-_RECORD = re.compile(r"rank[0-9]+\.json")
-
-
-class _File(saved.Shape):
-    bytes: int
-    xxh3: str
-
-
-class _Best(saved.Shape):
-    step: int
-    loss: FiniteFloat
-
-
-class _Record(saved.Shape):
-    """What a rank has written into a checkpoint."""
-
-    attempt: str
-    """Random text that all ranks of one attempt at the training share: their files belong together."""
-    world_size: int
-    best: _Best | None = None
-    """The evaluated step with the lowest loss up to this checkpoint; None if none was evaluated."""
-    files: dict[saved.Inside, _File]
-
-
-class NotWhole(Exception):
-    """A checkpoint is damaged or was never finished; the message says what is wrong with it."""
 
 
 class CheckpointFolder:
@@ -88,11 +60,13 @@ class CheckpointFolder:
         """
         self._is_local = "://" not in storage
         self._fs, base = (pafs.LocalFileSystem(), storage) if self._is_local else remote.opened(storage)
+        # A folder `checkpoints` in the stage's own work directory: a training finds no other training's.
         self._base, self._scratch = f"{base}/{FOLDER}", scratch
         self._rank, self._world_size, self._device = rank, world_size, device
         self._needs_best, self._say = needs_best, say
+        # Set by `start`: all ranks get rank 0's.
         self._attempt = ""
-        self._best: _Best | None = None
+        self._best: Best | None = None
         self._upload: Future[None] | None = None
 
     def start(self) -> Path | None:
@@ -104,13 +78,15 @@ class CheckpointFolder:
         choice = (self._choose(), uuid.uuid4().hex) if self._rank == 0 else None
         if self._world_size > 1:
             box = [choice]
+            # Over the group that Ray has made (gloo or NCCL); NCCL sends from device memory, so the device is named.
             distributed.broadcast_object_list(box, src=0, device=self._device)
             choice = box[0]
         assert choice is not None
         name, self._attempt = choice
         if name is None:
             return None
-        self._best = self._records(name)[0].best
+        # As it was at that step: later evaluations come again.
+        self._best = records(self._fs, self._folder(name))[0].best
         return self._local(name)
 
     def add(self, metrics: dict[str, float], directory: Path | None) -> None:
@@ -126,7 +102,7 @@ class CheckpointFolder:
         step, loss = int(metrics["step"]), metrics.get("eval/loss")
         # Of equal ones the earliest. Every rank has the same metrics, so that all agree.
         if loss is not None and (self._best is None or loss < self._best.loss):
-            self._best = _Best(step=step, loss=loss)
+            self._best = Best(step=step, loss=loss)
         name, best = f"{step:09d}", self._best
         if self._is_local:
             return self._store(name, best, directory)
@@ -171,7 +147,7 @@ class CheckpointFolder:
         for name in names:
             try:
                 self._checked(name)
-                best = self._records(name)[0].best
+                best = records(self._fs, self._folder(name))[0].best
                 if self._needs_best and best is not None:
                     # Without it, the training would end with other weights than one that nobody disturbed.
                     self._checked(f"{best.step:09d}")
@@ -181,67 +157,25 @@ class CheckpointFolder:
             else:
                 chosen = name
                 break
+        # After the choice: a folder that stays broken would be looked at in every restart, and mixed with new files of its
+        # step.
         for name in broken:
             self._remove(name)
         return chosen
+
+    def _folder(self, name: str) -> str:
+        return f"{self._base}/{name}"
 
     def _names(self) -> list[str]:
         listing = self._fs.get_file_info(pafs.FileSelector(self._base, allow_not_found=True))
         return [info.base_name for info in listing if _NAME.fullmatch(info.base_name)]
 
-    def _records(self, name: str) -> list[_Record]:
-        """Return the records of all ranks of a checkpoint. Raises NotWhole if one is missing, damaged or of another attempt."""
-        first = self._record(name, 0)
-        records = [first, *(self._record(name, rank) for rank in range(1, first.world_size))]
-        if {(record.attempt, record.world_size) for record in records} != {(first.attempt, first.world_size)}:
-            raise NotWhole(f"{self._base}/{name} holds files of two attempts")
-        return records
-
-    def _record(self, name: str, rank: int) -> _Record:
-        path = f"{self._base}/{name}/{_record_name(rank)}"
-        info = self._fs.get_file_info(path)
-        if info.type != pafs.FileType.File:
-            raise NotWhole(f"{path} is missing, as after a kill")
-        if info.size > _LONGEST_RECORD:
-            raise NotWhole(f"{path} has {info.size:,} bytes; such a file has {_LONGEST_RECORD:,} at most")
-        with self._fs.open_input_stream(path) as stream:
-            content = stream.read()
-        try:
-            values = saved.parsed(content, dict[str, object], path)
-            record = saved.checked(values, _Record, path)
-        except saved.SavedError as error:
-            raise NotWhole(str(error)) from None
-        if not is_intact(values):
-            raise NotWhole(f"{path} has another content than when it was written")
-        return record
-
     def _checked(self, name: str) -> Path:
         """Return a local directory with a checkpoint after comparing every file. Raises NotWhole."""
         if not self._is_local:
             return self._local(name)
-        _compare(Path(self._base) / name, self._expected(name))
+        compare(Path(self._base) / name, expected(self._fs, self._folder(name)))
         return Path(self._base) / name
-
-    def _expected(self, name: str) -> dict[str, _File]:
-        """Return what the records say of the files of a checkpoint. Raises NotWhole if others are there, or some are not."""
-        expected = {path: file for record in self._records(name) for path, file in record.files.items()}
-        try:
-            sizes = {info.path.removeprefix(f"{self._base}/{name}/"): info.size for info in self._listed(name)}
-        except SourceError as error:
-            raise NotWhole(str(error)) from None
-        # DeepSpeed would load a file that somebody has added.
-        extra = sorted(path for path in sizes.keys() - expected.keys() if not _RECORD.fullmatch(path))
-        if extra:
-            raise NotWhole(f"{self._base}/{name}/{extra[0]} is named by no record")
-        for path, file in sorted(expected.items()):
-            if path not in sizes:
-                raise NotWhole(f"{self._base}/{name}/{path} is missing")
-            if sizes[path] != file.bytes:
-                raise NotWhole(f"{self._base}/{name}/{path} has {sizes[path]:,} bytes, its record says {file.bytes:,}")
-        return expected
-
-    def _listed(self, name: str) -> list[pafs.FileInfo]:
-        return remote.files_below(self._fs, f"{self._base}/{name}")
 
     def _local(self, name: str) -> Path:
         """Return a local directory with a checkpoint: the folder itself on a disk, else a copy for all ranks of this node.
@@ -253,17 +187,19 @@ class CheckpointFolder:
             return Path(self._base) / name
         self._scratch.mkdir(parents=True, exist_ok=True)
         # Of this attempt: a later one may write another checkpoint of this step.
-        copy = self._scratch / f"copy-{name}-{self._records(name)[0].attempt[:12]}"
+        copy = self._scratch / f"copy-{name}-{records(self._fs, self._folder(name))[0].attempt[:12]}"
         # DeepSpeed reads files by path, so that a checkpoint in a bucket is downloaded whole; once, and not by every rank.
         with files.locked(copy.with_suffix(".lock")):
             if not copy.exists():
                 with tempfile.TemporaryDirectory(dir=self._scratch) as part:
-                    remote.copy(self._fs, f"{self._base}/{name}", self._listed(name), Path(part) / "whole")
-                    _compare(Path(part) / "whole", self._expected(name))
+                    remote.copy(
+                        self._fs, self._folder(name), remote.files_below(self._fs, self._folder(name)), Path(part) / "whole"
+                    )
+                    compare(Path(part) / "whole", expected(self._fs, self._folder(name)))
                     (Path(part) / "whole").rename(copy)
         return copy
 
-    def _store(self, name: str, best: _Best | None, directory: Path) -> None:
+    def _store(self, name: str, best: Best | None, directory: Path) -> None:
         """Put this rank's files into a checkpoint's folder, then its record, and remove checkpoints that are not kept."""
         listing = sorted(path for path in directory.rglob("*") if path.is_file())
         found = {path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "xxh3": xxh3(path)} for path in listing}
@@ -275,8 +211,9 @@ class CheckpointFolder:
             "best": None if best is None else best.model_dump(),
             "files": found,
         }
+        # The sum is of the record without itself.
         text = json.dumps({**record, "xxh3": json_sum(record)})
-        path = f"{self._base}/{name}/{_record_name(self._rank)}"
+        path = f"{self._base}/{name}/{record_name(self._rank)}"
         if self._is_local:
             Path(path).parent.mkdir(parents=True, exist_ok=True)  # a rank without files of its own (ZeRO 0)
             with written_whole(Path(path)) as scratch:
@@ -284,20 +221,23 @@ class CheckpointFolder:
         else:
             with self._fs.open_output_stream(path) as stream:
                 stream.write(text.encode())
+        # On a disk the files are gone already, and only folders are left.
         shutil.rmtree(directory)
         if self._rank == 0:
+            # One rank, after its own record: two would remove the same folders.
             self._prune(name, best)
 
     def _put(self, source: Path, target: str) -> None:
         if self._is_local:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
+            # A rename within one file system: the scratch lies beside the checkpoints.
             source.replace(target)
             return
         self._fs.create_dir(str(PurePosixPath(target).parent), recursive=True)
         with source.open("rb") as file, self._fs.open_output_stream(target) as stream:
             shutil.copyfileobj(file, stream, 1 << 22)
 
-    def _prune(self, newest: str, best: _Best | None) -> None:
+    def _prune(self, newest: str, best: Best | None) -> None:
         """Remove the checkpoints that are not kept, after the record of rank 0 was added to the newest."""
         # The newest may lack the files of other ranks yet: the newest whole one stays, whichever that is.
         older = (name for name in sorted(self._names(), reverse=True) if name < newest)
@@ -305,6 +245,7 @@ class CheckpointFolder:
         kept = {newest, *whole[:1]}
         if self._needs_best and best is not None:
             kept.add(f"{best.step:09d}")
+        # The newest is whole, and no best one is kept: the one before it stays for a newest that turns out damaged.
         if len(kept) == 1:
             kept |= set(whole[:2])
         for name in self._names():
@@ -313,22 +254,11 @@ class CheckpointFolder:
 
     def _has_all(self, name: str) -> bool:
         try:
-            return bool(self._records(name))
+            return bool(records(self._fs, self._folder(name)))
         except NotWhole:
             return False
 
     def _remove(self, name: str) -> None:
         # Another process may be removing it: a zombie of an earlier attempt, or the same rank that was killed while it did.
-        if self._fs.get_file_info(f"{self._base}/{name}").type == pafs.FileType.Directory:
-            self._fs.delete_dir(f"{self._base}/{name}")
-
-
-def _compare(directory: Path, expected: Mapping[str, _File]) -> None:
-    """Raise NotWhole if a file of a local directory has another content than expected."""
-    for path, file in sorted(expected.items()):
-        if xxh3(directory / path) != file.xxh3:
-            raise NotWhole(f"{directory / path} has another content than when it was written")
-
-
-def _record_name(rank: int) -> str:
-    return f"rank{rank}.json"
+        if self._fs.get_file_info(self._folder(name)).type == pafs.FileType.Directory:
+            self._fs.delete_dir(self._folder(name))

@@ -14,13 +14,15 @@ from typing import TypedDict
 
 import torch
 from pydantic import Field, FiniteFloat
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from steerlab.guards import files, saved
-from steerlab.guards.faults import is_for_people
+from steerlab.guards.faults import explained, is_for_people
 from steerlab.guards.json_values import JsonObject
 
 META = "steerlab.json"
+# A million steps with a few metrics each fit into the first, a description of a hundred thousand tensors into the second.
 _LONGEST_META, _LONGEST_PICKLE = 2**28, 2**26
 """Most bytes of `steerlab.json`, which holds the metrics of every step, and of the pickle that describes a file's tensors."""
 _ARCHIVE, _PICKLES = b"PK\x03\x04", 5
@@ -82,11 +84,25 @@ def check_state(state: JsonObject, steps: int, directory: Path) -> LoopState:
     """
     where = f"{directory / META}: state"
     loop_state = saved.checked(state, _State, where)
+    # The history has one line for each step, numbered from 1: the loop reads its end, the report all of it.
     if loop_state.step > steps or [line.step for line in loop_state.history] != list(range(1, loop_state.step + 1)):
         raise ValueError(
             f"{where} is at step {loop_state.step} with {len(loop_state.history)} lines of history; the training has {steps}"
         )
     return saved.like(state, _State, where)
+
+
+def read_snapshots(path: Path, module: nn.Module, steps: Sequence[int]) -> dict[str, Tensor]:
+    """Read the snapshots of the patch in a checkpoint. Raises ValueError if one has another step or shape."""
+    with explained(str(path)):
+        snapshots = load_file(path)
+    # Under ZeRO 3 a parameter's own shape is that of its shard; DeepSpeed keeps the full one in `ds_shape`.
+    own = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in module.named_parameters()}
+    for name, value in snapshots.items():
+        step, _, weight = name.partition("/")
+        if step not in map(str, steps) or own.get(f"patch.{weight}", value.shape) != value.shape:
+            raise ValueError(f"{path}: {name!r:.100} with {tuple(value.shape)} is no snapshot of this training")
+    return snapshots
 
 
 def check_files(folder: Path) -> None:
@@ -125,6 +141,7 @@ def check_file(path: Path) -> None:
 def _described_in_archive(path: Path) -> int:
     """Return the number of bytes that describe the tensors in a zip archive. Raises ValueError for compressed members."""
     # torch stores members uncompressed. A compressed one could unpack to terabytes.
+    # The directory of the archive alone is read here, no member.
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     packed = [member for member in members if member.compress_type != zipfile.ZIP_STORED]
@@ -138,6 +155,7 @@ def _described_in_pickles(path: Path) -> int:
     # `genops` parses a pickle without running it; the tensors' raw numbers come after the pickles.
     with path.open("rb") as file:
         for _ in range(_PICKLES):
+            # The position bounds what has been parsed: an endless pickle is left at the limit.
             for _code, _argument, position in pickletools.genops(file):
                 if (position or 0) > _LONGEST_PICKLE:
                     return _LONGEST_PICKLE + 1
@@ -228,6 +246,7 @@ def check_optimizer(optimizer_state: object, own: torch.optim.Optimizer, paramet
         raise ValueError(f"{path} holds no state of this training's optimizer")
     for group, mine in zip(groups, own.param_groups, strict=True):
         # The loop writes the learning rate at every step, so that a difference has no effect.
+        # A missing key is no difference: torch's `__setstate__` fills in the defaults of keys that a newer version has added.
         for name in mine.keys() - {"params", "lr"}:
             if not isinstance(group, Mapping) or group.get(name, mine[name]) != mine[name]:
                 raise ValueError(f"{path}: the optimizer has another {name} than the training")

@@ -6,7 +6,6 @@ learning rate is written at every step, so that a checkpoint needs no scheduler.
 
 from __future__ import annotations
 
-import enum
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -23,47 +22,14 @@ from steerlab.guards.json_values import JsonObject
 from steerlab.job import ScaleConfig, TrainConfig
 from steerlab.training import checkpoints
 from steerlab.training.checkpoints import META, LoopState
+from steerlab.training.optimizer import make_optimizer
+from steerlab.training.safe_loading import without_code
 
 _TAG = "state"
-_SMALL = 4_000_000
-"""Largest number of trained values for which the optimizer updates all parameters together on the CPU."""
 
 
 class WorldSizeError(ValueError):
     """A sharded checkpoint can only be loaded by as many workers as wrote it."""
-
-
-def _without_code(check: Callable[[object, Path], None]) -> object:
-    """Return a checkpoint engine for DeepSpeed that loads files without running code in them.
-
-    `check` is called with the contents and path of each file, and raises ValueError to refuse them.
-    """
-    # Checkpoints lie in storage where others may write, and unpickling runs whatever code a file names.
-    engine, classes = private_parts.checkpoint_engine()
-
-    class WithoutCode(engine):
-        """DeepSpeed's own engine unpickles anything (0.19); the files that it writes need only these classes."""
-
-        def save(self, state_dict: object, path: str) -> None:
-            super().save(_without_enums(state_dict), path)
-
-        def load(self, path: str, map_location: Any = None) -> object:
-            with torch.serialization.safe_globals([*classes]):
-                contents = torch.load(path, map_location=map_location, weights_only=True)
-            check(contents, Path(path))
-            return contents
-
-    return WithoutCode()
-
-
-def _without_enums(value: object) -> object:
-    """Return a state with its enumerations replaced by their numbers."""
-    # Python 3.11.2 pickles a member of an enumeration as a call of getattr, which `weights_only` refuses to load.
-    if isinstance(value, enum.Enum) and isinstance(value, int):
-        return int(value)
-    if type(value) is dict:
-        return {key: _without_enums(item) for key, item in value.items()}
-    return [_without_enums(item) for item in value] if type(value) is list else value
 
 
 @dataclass
@@ -84,6 +50,7 @@ class Engine:
             # The job was checked for this, but the training of a job that it starts from runs with the scale of this one.
             raise ValueError("bfloat16 weights train with float32 copies, which needs scale.zero_stage 1, 2 or 3, not 0")
         if self.device.type == "cpu":
+            # Read when DeepSpeed is imported, which is the next thing that happens here.
             os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))  # Ray Train sets it; a plain process may not
         import deepspeed
@@ -100,13 +67,15 @@ class Engine:
         if self._clips_itself:
             optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._ds: Any
+        # Made anew for each training: an engine cannot be used again (transformers #11894).
         self._ds, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=self._config())
-        self._ds.checkpoint_engine = _without_code(self._check)
+        self._ds.checkpoint_engine = without_code(self._check)
 
     @property
     def passes_per_step(self) -> int:
         """Number of forward passes of this worker in one optimizer step."""
         rows = self.train.rows_per_step // self.world_size
+        # Rounded up, as in `share_of_rank`: DeepSpeed counts the passes and updates the weights after this many.
         return -(-rows // self.train.micro_batch)
 
     @property
@@ -135,6 +104,7 @@ class Engine:
 
     def _clip(self) -> None:
         trained = [p for p in self.module.parameters() if p.requires_grad]
+        # An infinite limit clips nothing, but gives the norm.
         self._grad_norm = nn.utils.clip_grad_norm_(trained, self.train.clip_norm or float("inf"))
 
     def _config(self) -> dict[str, object]:
@@ -185,6 +155,7 @@ class Engine:
         # DeepSpeed divides by passes and workers. Multiplied by both first, the sum over passes and workers is the sum of
         # total / num_targets, exact however the rows are split.
         self._ds.backward(loss.total * (self.passes_per_step * self.world_size / num_targets))
+        # After the backward pass, in which all ranks reduce gradients: no rank may leave that out.
         self._leaves_out = accepts is not None and not accepts(loss.total.detach())
         self._ds.step()
         self._leaves_out = False
@@ -211,6 +182,7 @@ class Engine:
 
     def sum_over_ranks(self, values: Iterable[Tensor]) -> list[float]:
         """Return the sums of numbers in float64 over all workers; all ranks call it with equally many."""
+        # In float64: a sum over thousands of targets, of which the loop takes a ratio.
         summed = torch.stack([value.to(self.device, torch.float64) for value in values])
         if self.world_size > 1:
             torch.distributed.all_reduce(summed)
@@ -232,6 +204,7 @@ class Engine:
             ValueError: a file of the checkpoint is damaged, would run code, or belongs to another training.
         """
         meta = checkpoints.read_meta(directory)
+        # ZeRO 0 keeps whole weights and moments on every rank, which any number of workers can load.
         written = (meta.world_size, meta.zero_stage)
         if written != (self.world_size, self.scale.zero_stage) and (written[1] or self.scale.zero_stage):
             raise WorldSizeError(
@@ -239,6 +212,7 @@ class Engine:
                 f"{self.world_size} with zero_stage {self.scale.zero_stage}, because sharded optimizer state does not move. "
                 "Use the same scale.workers and scale.zero_stage (zero_stage 0 may change workers), or remove the checkpoints"
             )
+        # Before DeepSpeed opens anything: it looks for files by patterns of its own.
         checkpoints.check_files(directory / _TAG)
         with explained(f"the checkpoint in {directory}"):
             # Not strict: the frozen weights are not in the checkpoint. `_check` has compared the trained ones.
@@ -282,8 +256,10 @@ class Engine:
         if self.scale.zero_stage < 3:
             full = self._ds.module.state_dict() if self.rank == 0 else {}
         else:
+            # A collective: DeepSpeed 0.19 gathers layer by layer and moves each to rank 0's CPU.
             full = self._ds._zero3_consolidated_16bit_state_dict() or {}  # None on all ranks but 0
         if masters and self.dtype == "bfloat16":
+            # On all ranks, outside of the condition on rank 0: gathering is collective under ZeRO 1 and 2, too.
             copies = self._masters(prefix)
             full = {**full, **copies} if self.rank == 0 else {}
         full = {name.removeprefix(prefix): tensor for name, tensor in full.items() if name.startswith(prefix)}
@@ -296,6 +272,7 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         copies: dict[str, Tensor] = {}
+        # Under every name: a tied weight is saved under each of its names in the state dict.
         for name, parameter in self._ds.module.named_parameters(remove_duplicate=False):
             if name.startswith(prefix) and parameter.requires_grad:
                 copy = safe_get_full_fp32_param(parameter)
@@ -306,26 +283,3 @@ class Engine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._ds.destroy()
-
-
-def make_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """Return torch's optimizer over the trained parameters; weight decay applies to those with two or more axes."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    # On the CPU torch updates parameters one by one by default: the same bits, but twice the time for many small ones. Together
-    # it makes temporary copies of all of them, which only matters for large ones.
-    together = True if sum(p.numel() for p in trained) <= _SMALL else None
-    # One kernel for all parameters of a GPU, instead of a dozen passes over them.
-    fused = True if any(p.device.type == "cuda" for p in trained) else None
-    together = None if fused else together
-    match train.optimizer:
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, foreach=together, fused=fused)
-        case "adam":
-            return torch.optim.Adam(groups, lr=train.lr, betas=train.betas, foreach=together, fused=fused)
-        case "sgd":
-            return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, foreach=together, fused=fused)

@@ -32,12 +32,14 @@ class Request(Generic[_Place]):
     """Extracted activations by the role of their data set."""
     prepared: Mapping[str, _Place] = field(default_factory=dict)
     """Outputs of the method's preparations, by the preparation's name."""
+    # By value: a worker on another node has no copy of the user's file.
     code: tuple[own_code.Code, ...] = ()
     """The user's own file with the method; empty for a method of the platform."""
 
 
 def received(request: Request[ModelRef]) -> Request[Path]:
     """Install the user's own code on this node, and return the request with its inputs as directories of this node."""
+    # First: the method's config is read by a class of that file.
     own_code.receive(request.code)
     return Request(
         start=request.start.locate(),
@@ -46,5 +48,6 @@ def received(request: Request[ModelRef]) -> Request[Path]:
         data=request.data,
         train=request.train,
         activations={role: ref.locate() for role, ref in request.activations.items()},
+        # `locate` downloads an artifact of a bucket to this node, once for all of its ranks.
         prepared={name: ref.locate() for name, ref in request.prepared.items()},
     )

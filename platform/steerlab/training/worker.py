@@ -20,6 +20,7 @@ from steerlab.storage.plan import ModelRef
 from steerlab.training import loop
 from steerlab.training.checkpoint_folder import FOLDER, CheckpointFolder
 from steerlab.training.engine import WorldSizeError
+from steerlab.training.link import Link
 from steerlab.training.request import Request, received
 
 
@@ -67,15 +68,17 @@ def _run(request: Request[ModelRef], scale: ScaleConfig, seat: Seat, scratch: Pa
         needs_best=request.train.keep == "best",
         say=seat.say,
     )
-    link = loop.Link(
+    link = Link(
         rank=seat.rank,
         world_size=seat.world_size,
         device=seat.device,
         report=folder.add,
         scratch=scratch / f"rank{seat.rank}",
         checkpoints=remote.joined(seat.storage, FOLDER),
+        # A collective: all ranks are here before any of them loads a model.
         latest=folder.start(),
         best=folder.best,
+        # Every rank has the same metrics, summed over all of them.
         tell=seat.tell if seat.rank == 0 else lambda metrics: None,
     )
     # Checkpoints and the artifact: DeepSpeed, torch and safetensors have errors of their own for a full disk.
@@ -84,6 +87,7 @@ def _run(request: Request[ModelRef], scale: ScaleConfig, seat: Seat, scratch: Pa
         here = received(request)
         with full:
             loop.run(here, scale, link, output)
+            # The last upload is still under way when the loop returns.
             folder.finish()
         if seat.world_size > 1:
             distributed.barrier()  # nobody needs the scratch of its node any more

@@ -74,6 +74,7 @@ class GradientSums:
 
     def close(self) -> None:
         """Remove the hooks from the weights."""
+        # A hook that stays would add the gradients of a later training to these sums.
         for handle in self._handles:
             handle.remove()
 
@@ -85,6 +86,7 @@ class GradientSums:
         num_targets = (labels_BT[:, 1:] >= 0).sum().clamp(min=1)
         # The key-value cache would only be memory: nothing is generated.
         logits_BTV = self._model.model(**batch.patched_inputs, use_cache=False).logits
+        # The sum over targets, divided by their number in this batch alone: |.| is taken batch by batch.
         loss = language_modelling_loss(logits_BTV, labels_BT) / num_targets
         self._finite = {"": loss.detach().isfinite()}
         loss.backward()  # the hooks of `_adder` add the gradients
@@ -94,6 +96,7 @@ class GradientSums:
         """Raise ValueError if the batch had a loss or a gradient that is no number."""
         # After the backward pass, for all places at once: on a GPU the program waits for it once and not for every weight.
         good = torch.stack(list(self._finite.values())).tolist()
+        # By the order of the backward pass, after the loss: the first entry that is bad is nearest to the cause.
         wrong = next((name for name, is_finite in zip(self._finite, good, strict=True) if not is_finite), None)
         if wrong == "":
             raise ValueError(f"{where}: the loss is {float(loss)}, so there is no gradient")
@@ -120,5 +123,6 @@ class GradientSums:
 
 def prompt_labels(batch: Batch) -> Tensor:
     """Return labels, (B, T), that make the tokens of the prompt the targets instead of those of the response."""
+    # IGNORED is negative, as everywhere no target is; position 0 is never predicted, whatever its label.
     is_prompt_BT = batch.attention_mask.bool() & (batch.phases != GENERATION)
     return batch.input_ids.masked_fill(~is_prompt_BT, IGNORED)

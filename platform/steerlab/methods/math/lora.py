@@ -33,6 +33,7 @@ class Lora(Frozen):
 
     rank: int = Field(8, ge=1)
     """Rank R of the change of a weight."""
+    # alpha / rank and not alpha, so that another rank needs little tuning of the learning rate (section 4.1).
     alpha: float = Field(16.0, gt=0)
     """The change B A is scaled by alpha / rank."""
     layer_type: tuple[LayerType, ...] = Field(("attn_q", "attn_v"), min_length=1)
@@ -83,9 +84,12 @@ class Adapters(nn.Module):
         self._layers = [layer for layer in layers if isinstance(layer, LoraLayer)]
         # peft creates adapters in the dtype of the weights; in bfloat16 small steps of the optimizer would be rounded away.
         for layer in self._layers:
+            # In place: `Module.float` casts the parameters of the module that it is called on.
             layer.lora_A[_NAME].float()
             layer.lora_B[_NAME].float()
         # The parameters inside the model, listed again: this module's state dict is then exactly what the patch is made of.
+        # A of eq. 3 is drawn (Kaiming uniform) and B is zero (peft 0.21): the first forward pass is that of the model without
+        # adapters.
         self.downs = nn.ParameterList([layer.lora_A[_NAME].weight for layer in self._layers])  # type: ignore[list-item]
         self.ups = nn.ParameterList([layer.lora_B[_NAME].weight for layer in self._layers])  # type: ignore[list-item]
 
@@ -118,6 +122,7 @@ class Adapters(nn.Module):
         for number, name in enumerate(self.names):
             # On the CPU, where patches are saved.
             up_MR, down_RN = state[f"ups.{number}"].cpu() * scale, state[f"downs.{number}"].cpu()
+            # (M, R) @ (R, N), or (N, R) @ (R, M) for weights that are stored as (N, M).
             factors[f"{name}.weight"] = (down_RN.T, up_MR.T) if self._transposed else (up_MR, down_RN)
         return factors
 
@@ -146,6 +151,7 @@ class Adapters(nn.Module):
 
 def _without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # peft moves a layer's weight to `<layer>.base_layer.weight`.
+    # Adapter weights are left out by peft's own prefix `lora_`.
     return {name.replace(".base_layer.", "."): value.cpu() for name, value in state.items() if "lora_" not in name}
 
 
@@ -161,6 +167,7 @@ def check_apart(model: PreTrainedModel, config: Lora, others: Sequence[models.We
     Raises:
         ValueError: a layer is named twice, as happens where a model computes several types of layer in one.
     """
+    # By module and not by type: a fused layer answers to several types.
     both = {place.module for place in others} & {place.module for place in places(model, config)}
     if both:
         raise ValueError(f"lora.layer_type: {min(both)} also computes a type of layer with frozen coefficients; leave that out")

@@ -29,12 +29,14 @@ from steerlab.job import MethodConfig
 from steerlab.steered.scoring import Predicted
 
 
+# Fields and not a config of their own: `method.loss` reads as the option of the method that it is.
 class PairLossConfig(MethodConfig):
     """Fields of methods whose loss is one of those above. At its default a field is left out of the keys of artifacts."""
 
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = Field("sigmoid", exclude_if=lambda loss: loss == "sigmoid")
     """Loss of a pair with margin m: sigmoid: -log sigmoid(m); robust: the same, corrected for flipped labels; hinge:
     max(0, 1 - m); ipo: (m / beta - 1 / (2 beta))^2."""
+    # Below 0.5: at one half the two labels weigh the same and the robust loss divides by 1 - 2 e = 0.
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, exclude_if=lambda share: share == 0)
     """Share of pairs whose labels are taken to be flipped: conservative DPO with loss sigmoid; robust needs it."""
     chosen_nll: float = Field(0.0, ge=0, exclude_if=lambda weight: weight == 0)
@@ -42,10 +44,12 @@ class PairLossConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _check(self) -> PairLossConfig:
+        # Refused and not ignored: a job that names a share of flipped labels would seem to use it.
         if self.label_smoothing and self.loss in ("hinge", "ipo"):
             raise ValueError(f"label_smoothing {self.label_smoothing:g}: loss {self.loss} has none; use sigmoid or robust")
         if self.loss == "robust" and not self.label_smoothing:
             raise ValueError("loss robust: give the share of flipped labels as label_smoothing; at 0 it is sigmoid")
+        # `beta` belongs to the derived config; SimPO's cannot be 0, DPO's can.
         if self.loss == "ipo" and getattr(self, "beta", 1.0) == 0:
             raise ValueError("loss ipo: its margin is 1 / (2 beta), so beta has to be above 0")
         return self
@@ -54,6 +58,8 @@ class PairLossConfig(MethodConfig):
 class Pairs(NamedTuple):
     """The two responses of each pair under the policy, (P,), in nats."""
 
+    # Sequences come as chosen, rejected, chosen, ...: a pair is two neighbours, and every second entry is one side of all
+    # pairs.
     chosen_logp_P: Tensor
     """Log-probability of the chosen response, a sum over its tokens."""
     rejected_logp_P: Tensor
@@ -66,6 +72,7 @@ class Pairs(NamedTuple):
     @property
     def margin_P(self) -> Tensor:
         """Difference of the two rewards."""
+        # m of the module docstring; beta is in both rewards already.
         return self.chosen_reward_P - self.rejected_reward_P
 
     def metrics(self) -> dict[str, Tensor]:
@@ -73,15 +80,18 @@ class Pairs(NamedTuple):
 
         `chosen_logp` is the one to watch: a margin also grows while the chosen responses become less likely.
         """
+        # Read once: it is a property, and would be computed for each of the metrics.
         margin_P = self.margin_P
         values = {
             "margin": margin_P,
+            # A tie counts as wrong: without a trained vector all margins are 0, and the accuracy is 0 and not 1.
             "accuracy": margin_P > 0,
             "chosen_logp": self.chosen_logp_P,
             "rejected_logp": self.rejected_logp_P,
             "chosen_reward": self.chosen_reward_P,
             "rejected_reward": self.rejected_reward_P,
         }
+        # Sums, as every metric of the loop; it divides them by the number of pairs of the whole step.
         return {name: value_P.detach().float().sum() for name, value_P in values.items()}
 
 
@@ -99,9 +109,12 @@ def compare(
     """
     # Of the difference token by token: the two sums are large and nearly equal, and float32 would lose digits.
     score_N = log_prob_N if reference_N is None else log_prob_N - reference_N
+    # Response tokens of each sequence, (S,).
     size_S = _counts(tokens.sequence_N, tokens.sequences)
     score_S, logp_S = (_sums(values_N, size_S, tokens) for values_N in (score_N, log_prob_N))
+    # `length_average`: without a reference a sum favours short responses, whose log-probability is larger.
     reward_S = beta * (score_S / size_S if length_average else score_S)
+    # The supervised term is the mean over the tokens of the chosen response, whatever the reward is.
     return Pairs(logp_S[0::2], logp_S[1::2], reward_S[0::2], reward_S[1::2], -logp_S[0::2] / size_S[0::2])
 
 
@@ -113,26 +126,35 @@ def loss(margin_P: Tensor, beta: float, config: PairLossConfig | None = None) ->
         beta: Scale of the rewards, which IPO takes out again.
         config: Which of the losses; None for sigmoid without smoothing.
     """
+    # Without a config: GenARM's reward model trains on the plain loss of eq. 7.
     kind, flipped = ("sigmoid", 0.0) if config is None else (config.loss, config.label_smoothing)
     if kind == "hinge":
+        # No gradient beyond a margin of 1: such a pair is settled, and only others move the policy.
         return torch.relu(1 - margin_P)
     if kind == "ipo":
+        # Divided by beta again: IPO regresses the plain log-ratio, and its target 1 / (2 beta) is a number of nats.
         return (margin_P / beta - 1 / (2 * beta)).square()
     # `logsigmoid` and not log(sigmoid(x)), which is -inf for margins below about -100 in float32.
+    # s(m) and s(-m), (P,) each, computed once for the two losses that use both.
     as_labelled_P, as_flipped_P = -nn.functional.logsigmoid(margin_P), -nn.functional.logsigmoid(-margin_P)
     if kind == "robust":
+        # Unbiased: its expectation over labels that are flipped with probability e is the loss of the true labels. It may be
+        # negative.
         return ((1 - flipped) * as_labelled_P - flipped * as_flipped_P) / (1 - 2 * flipped)
+    # At e = 0 the second term is 0 times a finite number, since `logsigmoid` is finite: plain DPO, bit for bit.
     return (1 - flipped) * as_labelled_P + flipped * as_flipped_P
 
 
 def total(pairs: Pairs, loss_P: Tensor, config: PairLossConfig) -> Tensor:
     """Return the loss of each pair with the supervised term, (P,) (RPO's eq. 1)."""
     # Not added at weight 0: 0 times an infinite likelihood is no number.
+    # alpha times the mean over the tokens of y_w, in nats per token: as large as an ordinary fine-tuning loss.
     return loss_P + config.chosen_nll * pairs.chosen_nll_P if config.chosen_nll else loss_P
 
 
 def mean_of_pairs(values_N: Tensor, tokens: Predicted) -> Tensor:
     """Return the mean over the response tokens of each pair, (P,)."""
+    # Both responses of a pair together, token by token: a long response weighs more than a short one.
     pair_N, num = tokens.sequence_N // 2, tokens.sequences // 2
     return values_N.new_zeros(num).index_add(0, pair_N, values_N) / _counts(pair_N, num)
 
@@ -145,4 +167,5 @@ def _counts(number_N: Tensor, num: int) -> Tensor:
 
 def _sums(values_N: Tensor, size_S: Tensor, tokens: Predicted) -> Tensor:
     """Return the sum over the tokens of each sequence, (S,)."""
+    # `index_add` and not a split by sizes: sizes would have to come to the CPU, for which a GPU is waited for. (N,) to (S,).
     return values_N.new_zeros(len(size_S)).index_add(0, tokens.sequence_N, values_N)

@@ -1,4 +1,4 @@
-"""Weights in rotated coordinates: bases of a layer's inputs, masks of its coefficients, and layers that train coefficients.
+"""Linear layers that train coefficients of their weights: W = W_0 + D U^T, of which the unfrozen entries of D train.
 
 A linear layer y = W x with W of shape (M, N) has the coefficients W U in an orthonormal basis U of its inputs: column j is the
 response of all outputs to the basis direction u_j. Axes besides those of tokens.py: M outputs, N inputs of a linear layer.
@@ -6,144 +6,15 @@ response of all outputs to the basis direction u_j. Axes besides those of tokens
 
 from __future__ import annotations
 
-import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from steerlab import models
-
-_LOW_BITS = 16
-"""Bits of a float32 that the second of two counting passes looks at; the first one looks at the other 16."""
-
-
-class Basis(NamedTuple):
-    """An orthonormal basis of eigenvectors, in descending order of their eigenvalues."""
-
-    vectors_NN: Tensor
-    """The basis vectors as columns, float32."""
-    values_N: Tensor
-    """Eigenvalues, float64."""
-    rank: int
-    """Number of eigenvalues above the rounding error of the largest; the basis vectors after these are arbitrary."""
-
-
-def eigenbasis(second_moment_NN: Tensor) -> Basis:
-    """Return the eigenvectors of an uncentred second moment, (N, N), computed in float64.
-
-    The sign of each eigenvector is such that its largest entry is positive.
-
-    Raises:
-        ValueError: the matrix is zero, or holds a NaN or infinite value.
-    """
-    if not bool(torch.isfinite(second_moment_NN).all()):
-        raise ValueError("the second moment holds a NaN or infinite value")
-    # `eigh` and not `svd`: the matrix is symmetric, and a general decomposition would compute its vectors twice. In float64,
-    # since the eigenvalues are squares of singular values: float32 separates directions only down to 3e-4 of the largest one.
-    values_N, vectors_NN = torch.linalg.eigh(second_moment_NN.double())
-    values_N, vectors_NN = values_N.flip(0), vectors_NN.flip(1)  # eigh sorts in ascending order
-    if not values_N[0] > 0:
-        raise ValueError("the second moment is zero: the inputs are all zero, so no direction stands out")
-    # The products z z^T that were summed into the matrix were computed in float32: smaller eigenvalues are their rounding.
-    least = values_N[0] * len(values_N) * torch.finfo(torch.float32).eps
-    # Rounded to float32 only here, where it costs 1e-7 of orthonormality; the vectors are the method's largest file.
-    return Basis(fixed_signs(vectors_NN).float(), values_N, int((values_N > least).sum()))
-
-
-def random_basis(size: int, seed: int, name: str) -> Tensor:
-    """Return a random orthonormal basis, (N, N) float32, uniform over all of them, for this seed and name."""
-    # QR of a Gaussian matrix, in float64 like `eigenbasis`, so that the control is as orthonormal as what it is compared with.
-    gauss_NN = torch.randn(size, size, generator=generator(seed, name), dtype=torch.float64)
-    vectors_NN, upper_NN = torch.linalg.qr(gauss_NN)
-    # Without the signs of R's diagonal the Q of a QR decomposition is not uniform (Mezzadri 2007, arXiv math-ph/0609050).
-    return (vectors_NN * upper_NN.diagonal().sign()).float()
-
-
-def fixed_signs(vectors_NN: Tensor) -> Tensor:
-    """Return the columns with signs such that the largest entry of each is positive; among equal entries the first counts."""
-    # Eigenvectors have no sign of their own, and LAPACK's choice differs between machines.
-    largest_1N = vectors_NN.gather(0, vectors_NN.abs().argmax(0, keepdim=True))
-    return vectors_NN * torch.where(largest_1N < 0, -1.0, 1.0)
-
-
-def generator(seed: int, name: str) -> torch.Generator:
-    """Return a random generator that is determined by a seed and a name."""
-    # A hash, not `seed + number`: neighbouring seeds would give the same streams to different layers.
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    # 7 bytes: torch takes a signed integer of 64 bits.
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def largest(scores: Callable[[], Iterable[Tensor]], num: int) -> Iterator[Tensor]:
-    """Yield for each tensor of scores a mask of its entries that are among the `num` largest of all tensors together.
-
-    Among entries equal to the smallest of these the first ones are taken, so that exactly `num` are.
-
-    Args:
-        scores: yields non-negative float32 tensors. It is called several times and must yield the same tensors each time, so
-            that only one of them is in memory.
-        num: how many entries to take over all tensors.
-    """
-    threshold, num_equal = _threshold(scores, num)
-    for score in scores():
-        # The comparison of integers is that of the scores, without rounding.
-        bits = _bits(score)
-        taken = bits > threshold
-        # Ties are common: a neuron that never fires has gradient 0 in all its coefficients. A quantile with `>=` would take all
-        # of them and exceed the share.
-        equal = (bits == threshold).flatten().nonzero().flatten()[:num_equal]
-        num_equal -= len(equal)
-        # `view` writes into `taken` itself: `_bits` is contiguous, and so is what is compared with it.
-        taken.view(-1)[equal] = True
-        yield taken
-
-
-def _threshold(scores: Callable[[], Iterable[Tensor]], num: int) -> tuple[int, int]:
-    """Return the bits of the `num`-th largest score as an integer, and how many scores equal to it are taken."""
-    # Non-negative floats have the order of their bits read as integers. Two histograms, of the upper and then the lower 16
-    # bits, find the threshold exactly without sorting billions of scores.
-    if num == 0:
-        return torch.iinfo(torch.int32).max, 0  # no score has larger bits: nothing is taken
-    # 65,536 bins for each half: two passes over the scores and half a megabyte of counts, however many scores there are.
-    high, above = _bin_of(sum(_counts(_bits(score) >> _LOW_BITS) for score in scores()), num)  # type: ignore[arg-type]
-    low_mask = (1 << _LOW_BITS) - 1
-    # Only scores whose upper bits are those of the threshold matter for its lower bits.
-    inside = ((bits := _bits(score))[(bits >> _LOW_BITS) == high] & low_mask for score in scores())
-    low, above_low = _bin_of(sum(_counts(bits) for bits in inside), num - above)  # type: ignore[arg-type]
-    return (high << _LOW_BITS) | low, num - above - above_low
-
-
-def _bits(score: Tensor) -> Tensor:
-    # Adding zero turns -0.0, whose bits are those of the smallest integer, into 0.0.
-    return (score.float() + 0.0).contiguous().view(torch.int32)
-
-
-def _counts(values: Tensor) -> Tensor:
-    return torch.bincount(values.flatten().long(), minlength=1 << _LOW_BITS)
-
-
-def _bin_of(counts: Tensor, num: int) -> tuple[int, int]:
-    """Return the bin that holds the `num`-th largest value, and how many values lie in bins above it."""
-    from_top = counts.flip(0).cumsum(0)
-    place = int((from_top < num).sum())
-    above = int(from_top[place - 1]) if place else 0
-    return len(counts) - 1 - place, above
-
-
-def packed(mask: Tensor) -> Tensor:
-    """Pack a bool mask into bytes, eight entries in each."""
-    # The flat mask, not row by row: only the last byte is filled up, not one for each row. torch has no packed bool.
-    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
-
-
-def unpacked(bits: Tensor, sizes: tuple[int, int]) -> Tensor:
-    """Return the bool mask of shape `sizes` from the bytes of `packed`."""
-    # `count` drops the zeros with which `packbits` has filled the last byte.
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=sizes[0] * sizes[1]).astype(bool)).view(sizes)
+from steerlab.methods.math import lora
 
 
 class SharedInput:
@@ -303,6 +174,40 @@ class RotatedLayer(nn.Module):
     def _in_weights(self, change_MN: Tensor) -> Tensor:
         # The transpose is the inverse, since U is orthonormal: D = D U^T U.
         return change_MN if self.shared is None else change_MN @ self.shared.vectors(change_MN).T
+
+
+class RotatedLayers(nn.Module):
+    """The trained parameters of a method: the changes D of some layers, and other weights or adapters that train with them."""
+
+    kind = "weight"
+
+    def __init__(
+        self,
+        layers: Mapping[str, RotatedLayer],
+        others: Mapping[str, nn.Parameter] | None = None,
+        adapters: lora.Adapters | None = None,
+    ) -> None:
+        super().__init__()
+        others = others or {}
+        # Before the layers: the optimizer's state in a checkpoint numbers parameters in the order of registration.
+        self.adapters = adapters
+        self.names, self.other_names = list(layers), list(others)
+        self.layers = nn.ModuleList(layers.values())  # not a ModuleDict, which refuses the dots of module paths
+        self.others = nn.ParameterList(others.values())
+
+    def rotated(self) -> list[RotatedLayer]:
+        """Return the rotated layers, in the order of `names`."""
+        return [layer for layer in self.layers if isinstance(layer, RotatedLayer)]
+
+    def start_step(self) -> None:
+        """Drop matrices that were computed from D before the optimizer, or a checkpoint, changed it."""
+        for layer in self.rotated():
+            layer.start_step()
+
+    def start_pass(self, is_last: bool) -> None:
+        """Tell the layers whether this is the step's last pass, in which the summed gradients are rotated once."""
+        for layer in self.rotated():
+            layer.start_pass(is_last)
 
 
 class _Effective(torch.autograd.Function):

@@ -14,6 +14,7 @@ from steerlab.models import LayerType, WeightPlace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Names instead of numbers, so that one job works for models of any depth.
 _RANGES = ("all", "early", "middle", "late", "last")
 # Both forms in one pattern: a number is a span that ends where it starts.
 _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
@@ -26,11 +27,14 @@ def _listed(value: object) -> object:
     # `--set method.target_layers=8-15,last` arrives as one text, and a list in YAML as a list.
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
+    # `target_layers: 3` in YAML is an int.
     return (value,) if isinstance(value, int) else value
 
 
 def _known(value: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    # Both forms: a list of YAML holds numbers and texts, the command line texts only.
     for item in value:
+        # The same pattern as in the JSON schema: an editor and the job agree on what is right.
         if not re.fullmatch(_LAYER, str(item)):
             # Not a ValueError: pydantic would write "Value error, " before its text.
             message = f"{item!r} is none of {', '.join(_RANGES)}, no number and no span such as 8-15"
@@ -83,4 +87,5 @@ def numbers(layers: tuple[int | str, ...], num_layers: int) -> list[int]:
 
 def places(model: PreTrainedModel, types: tuple[LayerType, ...], layers: tuple[int | str, ...]) -> list[WeightPlace]:
     """Return the selected linear layers. Raises ValueError if the model lacks a type of layer, or a block."""
+    # In the order of blocks, and within each of the types: the order of files, parameters and stages.
     return models.weight_places(model, types, numbers(layers, len(models.layer_names(model))))

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steerlab import models
 from steerlab.job import Pixels, Pooling, Selection
-from steerlab.patches import taps
+from steerlab.patches import axes, taps, token_masks
 from steerlab.patches.maps import Map, mapped_pixels
 
 
@@ -78,6 +78,7 @@ def fit_in_order(
     handles = [walk.hook(model, place, selection.side) for place in places]
     # Daemon threads: an interrupted process must not wait for threads that wait for each other.
     # Threads and not processes: all batches run through the one model, and their hooks share the maps.
+    # As many threads as batches, each with the stack of one forward pass; all but one of them wait.
     threads = [threading.Thread(target=walk.run, args=(model, number), daemon=True) for number in range(len(batches))]
     try:
         for thread in threads:
@@ -113,6 +114,7 @@ class _Walk:
         # The order in which places run, known only now: modules may run in another order than they are defined in.
         self._order: list[str] = []
         self._pooled: dict[int, Tensor] = {}
+        # By the batch's number: the place at which its thread waits.
         self._waiting: dict[int, str] = {}
         # Hooks are shared by all threads: each thread keeps the number of its batch here.
         self._here = threading.local()
@@ -120,6 +122,7 @@ class _Walk:
         self._barrier = threading.Barrier(len(batches), action=self._meet)
         # Held by the one thread that computes; a thread that waits at the barrier has released it.
         self._computing = threading.Lock()
+        # Written by `_meet` alone, while all threads wait: no lock of its own.
         self.maps: dict[str, Map] = {}
         self.error: BaseException | None = None
 
@@ -130,6 +133,7 @@ class _Walk:
             # Each thread for itself: torch keeps the gradient mode for each thread, and a new one starts with gradients on.
             with self._computing, torch.inference_mode():
                 try:
+                    # The model's own forward pass, whatever its architecture: no list of its layers has to be walked.
                     model(**self._batches[number].inputs)
                 except _Arrived:
                     return
@@ -152,15 +156,16 @@ class _Walk:
             z = taps.value_at(value, place.element, where)
             if call is None:
                 # Routers of mixtures of experts take all tokens in one axis; a mask of tokens needs rows.
-                z_BTD = taps.with_rows(z, tuple(self._batches[self._here.number].read_BT.shape))
+                z_BTD = axes.with_rows(z, tuple(self._batches[self._here.number].read_BT.shape))
                 return taps.replaced(value, place.element, self._arrive(place.name, z_BTD).reshape(z.shape))
+            # The walk follows the sampler's steps that are read; in the others nothing waits, and no map is applied.
             if not call.is_read:
                 return value
             # Only the rows with a prompt are read and mapped; with guidance the other half of the batch has none.
-            axis = taps.feature_axis(module, z.dim())
+            axis = axes.feature_axis(module, z.dim())
             # Only (B, C, H, W) and (B, C, pixels) have channels whose mean may move; other values are mapped as tokens are.
             pixels = self._pixels if axis == 1 and z.dim() > 2 else None
-            mapped_BTD = self._arrive(place.name, taps.as_tokens(z[call.conditional], axis), pixels)
+            mapped_BTD = self._arrive(place.name, axes.as_tokens(z[call.conditional], axis), pixels)
             # A clone, since the next line writes: residual connections may still read the module's own output.
             z_last = z.movedim(axis, -1).clone()
             z_last[call.conditional] = mapped_BTD.reshape(z_last[call.conditional].shape)
@@ -177,7 +182,7 @@ class _Walk:
         batch = self._batches[self._here.number]
         read_BT = batch.read_BT.to(z_BTD.device)
         # Only the pooled vector is kept for the fit, (B, D) instead of (B, T, D).
-        self._pooled[self._here.number] = taps.pool(taps.per_token(z_BTD, tuple(read_BT.shape)), read_BT, self._pooling)
+        self._pooled[self._here.number] = token_masks.pool(axes.per_token(z_BTD, tuple(read_BT.shape)), read_BT, self._pooling)
         self._waiting[self._here.number] = place
         # Before the barrier, or the other batches could never arrive at it.
         self._computing.release()
@@ -196,7 +201,8 @@ class _Walk:
         value_BTD = z_BTD.float()
         mapped_BTD = fitted(value_BTD) if pixels is None else mapped_pixels(fitted, value_BTD, pixels)
         # With an axis for attention heads where the value has one, so that the mask broadcasts over heads and not over tokens.
-        steered_BT = taps.beside(batch.steered_BT.to(z_BTD.device), z_BTD)
+        steered_BT = axes.beside(batch.steered_BT.to(z_BTD.device), z_BTD)
+        # The map acts where it will act at inference; the fit reads `read_BT`, which may be other tokens.
         return torch.where(steered_BT.unsqueeze(-1), mapped_BTD.to(z_BTD.dtype), z_BTD)
 
     def _meet(self) -> None:
@@ -211,6 +217,7 @@ class _Walk:
                     "another order for other texts, so maps cannot be fitted one after another; set "
                     "method.incremental: false"
                 )
+            # A module that is shared between layers: its second run would get the map that was fitted on the first.
             if place in self._order:
                 raise ValueError(f"{place} runs more than once in a forward pass: which of its values is meant is not clear")
             # In the order of the batches, not of the threads: the maps do not depend on scheduling.

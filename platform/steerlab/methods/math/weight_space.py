@@ -1,15 +1,14 @@
-"""Steps 1 to 3 of Safety-WaRP (methods/warp.py): bases, importance and masks of coefficients, and their controls.
+"""What the preparations of Safety-WaRP (methods/warp.py) read and write: bases, scores and masks of coefficients, on disk.
 
-The file begins with the mathematics as functions of tensors. The functions after it read and write files, for the preparations
-of a training. Axes besides those of tokens.py: M outputs, N inputs of a linear layer.
+math/weight_space_plan.py declares these stages. Axes besides those of tokens.py: M outputs, N inputs of a linear layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
@@ -19,85 +18,33 @@ from steerlab import models
 from steerlab.activations.moments import Moments
 from steerlab.guards.json_values import Json
 from steerlab.job import Frozen
-from steerlab.methods.math import rotation
+from steerlab.methods.math import masks, orthonormal
+from steerlab.methods.math.draws import generator
 from steerlab.methods.math.gradients import GradientSums, Tokens
+from steerlab.methods.math.masks import Unit, frozen
+from steerlab.methods.math.rotation import SharedInput
 from steerlab.methods.math.selected_layers import places
 from steerlab.methods.preparations import MOMENTS, Source
 from steerlab.models import LayerType, WeightPlace
 from steerlab.steered.language import SteeredModel
 from steerlab.storage.tensors import Parts, Shape, write, writing
 
-
-def coefficients(matrix_MN: Tensor, vectors_NN: Tensor | None) -> Tensor:
-    """Return the coefficients W U of a weight, or their gradient (dL/dW) U of a gradient (steps 1 and 2).
-
-    Args:
-        matrix_MN: W or dL/dW.
-        vectors_NN: the basis U, beside the matrix; None stands for the identity.
-    """
-    # W = (W U) U^T for orthonormal U, and so dL/d(W U) = (dL/dW) U: one product serves both.
-    return matrix_MN if vectors_NN is None else matrix_MN @ vectors_NN
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 _CURVE_POINTS = 96
 """Points of a spectrum that are kept for the report, before equal numbers are dropped."""
-Unit = Literal["entry", "row", "column"]
-"""What a mask takes as a whole: a coefficient, an output (a row of W U), or a basis direction (a column of W U)."""
-
-
-def frozen(
-    scores: Callable[[], Iterable[Tensor]],
-    selected: Sequence[Tensor],
-    num_inputs: Sequence[int],
-    keep_ratio: float,
-    unit: Unit = "entry",
-) -> Iterator[Tensor]:
-    """Yield for each layer a mask of its frozen coefficients (step 3), (M, N) bool.
-
-    Frozen are the share `keep_ratio`, over all layers together, with the largest scores, and all outputs that are not selected.
-    A row or column has the Euclidean norm of its scores.
-
-    Args:
-        scores: yields each layer's scores, (M, N), non-negative and float32. It is called several times.
-        selected: for each layer a mask of its outputs, (M,); of a fused layer only some outputs may be selected.
-        num_inputs: N of each layer.
-        keep_ratio: share of the selected coefficients, or of the rows or columns, that is frozen, from 0 to 1.
-        unit: what is ranked and frozen as a whole.
-    """
-    # Rounded once for all layers together: with scope global the parts of small layers would each be rounded.
-    sizes = [(int(outputs_M.sum()), inputs) for outputs_M, inputs in zip(selected, num_inputs, strict=True)]
-    num = round(keep_ratio * sum({"entry": m * n, "row": m, "column": n}[unit] for m, n in sizes))
-
-    def selected_scores() -> Iterator[Tensor]:
-        # Queries, keys and values may be one fused layer: the outputs of types that are not selected take no share.
-        for score_MN, outputs_M in zip(scores(), selected, strict=True):
-            yield by_unit(score_MN[outputs_M], unit)
-
-    for taken, outputs_M, inputs in zip(rotation.largest(selected_scores, num), selected, num_inputs, strict=True):
-        # Frozen unless it is selected and not taken: rows of other types in a fused layer must not move.
-        frozen_MN = torch.ones(len(outputs_M), inputs, dtype=torch.bool)
-        # A row's mask is (M, 1) and a column's (1, N): the assignment repeats it over the other axis.
-        frozen_MN[outputs_M] = taken
-        yield frozen_MN
-
-
-def by_unit(score_MN: Tensor, unit: Unit) -> Tensor:
-    """Return the scores of what a mask takes as a whole: (M, N) for entries, (M, 1) for rows, (1, N) for columns."""
-    if unit == "entry":
-        return score_MN
-    # In float64: a row of squared gradients, which are small, may fall below the least float32.
-    return score_MN.double().norm(dim=1 if unit == "row" else 0, keepdim=True).float()
-
-
-# --- on disk ------------------------------------------------------------------------------------------------------------
 
 
 # `extra="ignore"` here and below: the platform adds parameters of its own to those that a method declares.
 class RandomBasis(Frozen, extra="ignore"):
     """Parameters of the stage that draws random bases."""
 
+    # A literal, so that the key of a random basis differs from that of eigenvectors even where nothing else does.
     rotation: Literal["random"] = "random"
     seed: int
+    # In the key, as a random basis depends on no model.
     sizes: dict[str, int]
     """Width N of each input that the selected layers read, by its name."""
 
@@ -108,6 +55,7 @@ class SelectedLayers(Frozen, extra="ignore"):
     of: Literal["gradients", "magnitude"]
     layer_type: tuple[LayerType, ...]
     target_layers: tuple[str, ...]
+    # Left out at the default, so that keys of importances from before the option stay.
     tokens: Tokens = Field(default="labelled", exclude_if=lambda tokens: tokens == "labelled")
 
 
@@ -135,16 +83,20 @@ class Eigenbasis(Frozen, extra="ignore"):
 
 def eigenbasis(source: Source, group: str, path: Path) -> dict[str, object]:
     """Write the eigenvectors of the inputs of one group of layers (step 1), and return facts about them."""
+    # Only one group's matrix is read: C of an input of width 11,008 takes almost 1 GB in float64.
     moments, role = Moments.open(source.needed[MOMENTS]), Eigenbasis.model_validate(source.params).role
     try:
-        basis = rotation.eigenbasis(moments.second_moment(group))
+        basis = orthonormal.eigenbasis(moments.second_moment(group))
+    # The mathematics does not know which of hundreds of inputs it has got.
     except ValueError as error:
         raise ValueError(f"basis of the inputs of {group}: {error}") from None
     # U alone: U^T is its transpose, and a second copy would double the largest files of the method.
     write(path, {f"{group}/vectors": basis.vectors_NN, f"{group}/values": basis.values_N})
     # `note` is shown to the user; the other facts are stored beside the part.
     size = len(basis.values_N)
+    # `vectors` is the number of tokens: below the size N the rank cannot be full.
     facts: dict[str, object] = {"rank": basis.rank, "size": size, "vectors": moments.count}
+    # Eigenvalues and not shares: how steeply they fall says how many directions the safety rows use.
     facts["curves"] = {"eigenvalues": {group: thinned(basis.values_N.tolist())}}
     # Fewer tokens than dimensions: the null space of C has no preferred basis.
     if basis.rank < size:
@@ -152,13 +104,14 @@ def eigenbasis(source: Source, group: str, path: Path) -> dict[str, object]:
             f"the inputs of {group} span {basis.rank} of {size} directions on {moments.count} tokens of data.{role}; others "
             "are arbitrary, and more rows would say something about them"
         )
-    # The training compares them with its own model (`check_basis` in methods/warp.py).
+    # The training compares them with its own model (`check_basis`).
     return {**facts, "fingerprint": moments.origin.fingerprint, "architecture": moments.origin.architecture}
 
 
 def thinned(values: Sequence[float]) -> list[tuple[int, float]]:
     """Return (number from 1, value) of some values: each of the first ones, then fewer and fewer, and the last one."""
     # Evenly spaced on a logarithmic axis, on which a spectrum is drawn; a spectrum of 11,008 values has 70 points.
+    # Rounding makes several points one number near 1, where the axis is dense: the set drops the repeats.
     spaced = torch.logspace(0, math.log10(len(values)), _CURVE_POINTS).round().long().tolist()
     return [(number, values[number - 1]) for number in sorted(set(spaced))]
 
@@ -168,34 +121,30 @@ def random_basis(source: Source, group: str, path: Path) -> dict[str, object]:
     params = RandomBasis.model_validate(source.params)
     size = params.sizes[group]
     # By the name of the input, so that layers that read one input share a random basis, too.
-    write(path, {f"{group}/vectors": rotation.random_basis(size, params.seed, group)})
+    write(path, {f"{group}/vectors": orthonormal.random_basis(size, params.seed, group)})
     return {"rank": size, "size": size}
 
 
-def importance(model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]) -> GradientSums:
-    """Return sums of |dL_b / d(W U)| over batches b of safety rows (step 2), at zero."""
-    return _importance("safety", model, params, needed)
+Coefficients = Callable[[Tensor, Tensor | None], Tensor]
+"""(matrix (M, N), the basis beside it or None for the identity) -> scores of the coefficients, (M, N)."""
 
 
-def utility_importance(model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]) -> GradientSums:
-    """Return the same sums over batches of the utility rows, for the second mask, at zero."""
-    return _importance("utility", model, params, needed)
-
-
-def _importance(role: str, model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]) -> GradientSums:
+def gradient_sums(
+    of_gradient: Coefficients, role: str, model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]
+) -> GradientSums:
+    """Return sums, at zero, of a function of the gradients of the selected layers over batches of the rows of a role."""
     basis, chosen = _basis_and_places(model, params, needed)
 
     def of(place: WeightPlace, grad_MN: Tensor) -> Tensor:
-        # The absolute value of each batch's gradient, not of their sum, in which opposite signs would cancel.
-        # In place: the hook of gradients.py has taken the gradient, and nothing else reads it.
-        return coefficients(grad_MN, basis(place, grad_MN)).abs_()
+        # (M, N) beside the gradient, on its device.
+        return of_gradient(grad_MN, basis(place, grad_MN))
 
     # The rotation is inside of the sum: a sum of |dL_b/dW| cannot be rotated afterwards, as |.| does not commute with U.
     return GradientSums(model, chosen, of, f"data.{role}", SelectedLayers.model_validate(params).tokens)
 
 
-def magnitude(source: Source, part: str, path: Path) -> dict[str, object]:
-    """Write |W U| instead of the importance: a control that does not depend on the safety rows."""
+def write_scores(of_weight: Coefficients, source: Source, path: Path) -> dict[str, object]:
+    """Write a function of the weights of the selected layers, and return no facts about it."""
     assert source.model is not None
     # Written layer by layer: all of them in float32 may be larger than memory.
     basis, chosen = _basis_and_places(source.model, source.params, source.needed)
@@ -203,7 +152,7 @@ def magnitude(source: Source, part: str, path: Path) -> dict[str, object]:
         for place in chosen:
             # In float32 on the CPU, as the gradients are: the control differs from the importance in its scores alone.
             weight_MN = models.linear_weight(source.model.model.get_submodule(place.module)).detach().float().cpu()
-            writer.write(place.module, coefficients(weight_MN, basis(place, weight_MN)).abs())
+            writer.write(place.module, of_weight(weight_MN, basis(place, weight_MN)))
     return {}
 
 
@@ -226,6 +175,7 @@ def _basis_and_places(
 def mask(source: Source, part: str, path: Path) -> dict[str, object]:
     """Write the masks of frozen coefficients (step 3), one bit for each coefficient."""
     params = Masks.model_validate(source.params)
+    # Opened and not read: one layer's scores are in memory at a time.
     importances, utility = (
         Parts.open(source.needed[name]) if name in source.needed else None for name in ("importance", "utility_importance")
     )
@@ -235,27 +185,31 @@ def mask(source: Source, part: str, path: Path) -> dict[str, object]:
 
     def scores(names: list[str], of: Parts | None) -> Iterator[Tensor]:
         for name in names:
-            # Read again in every counting pass of `rotation.largest`: all scores in float32 are as large as the model.
+            # Read again in every counting pass of `masks.largest`: all scores in float32 are as large as the model.
             yield _random_scores(params.seed, name, sizes[name]) if of is None else of.tensor(name)
 
-    def masks(names: list[str], of: Parts | None, ratio: float) -> Iterator[Tensor]:
-        taken = [outputs[name] for name in names], [sizes[name][1] for name in names]
-        return frozen(lambda: scores(names, of), *taken, ratio, params.unit)
+    def taken(names: list[str], of: Parts | None, ratio: float) -> Iterator[Tensor]:
+        # A function of no arguments, called once for each counting pass and once for the mask.
+        selected, inputs = [outputs[name] for name in names], [sizes[name][1] for name in names]
+        return frozen(lambda: scores(names, of), selected, inputs, ratio, params.unit)
 
     # `scope`: keep_ratio of each layer by itself, or of all layers together.
     groups = [[name] for name in sizes] if params.scope == "module" else [list(sizes)]
     num_frozen: dict[str, int] = {}
     # A bit for each coefficient: bytes would take a quarter of the model's own size in float32.
     with writing(path, {name: Shape(torch.uint8, [-(-m * n // 8)]) for name, (m, n) in sizes.items()}) as writer:
+        # With scope global the one group is all layers, and `frozen` ranks them together.
         for names in groups:
-            spared = (None for _ in names) if params.spare_ratio is None else masks(names, utility, params.spare_ratio)
-            for name, frozen_MN, spared_MN in zip(names, masks(names, importances, params.keep_ratio), spared, strict=True):
+            spared = (None for _ in names) if params.spare_ratio is None else taken(names, utility, params.spare_ratio)
+            for name, frozen_MN, spared_MN in zip(names, taken(names, importances, params.keep_ratio), spared, strict=True):
                 if spared_MN is not None:
                     # Frozen is what matters for safety and not for the utility rows.
+                    # Only within the selected outputs: rows of other types in a fused layer stay frozen.
                     frozen_MN[outputs[name]] &= ~spared_MN[outputs[name]]
                 num_frozen[name] = int(frozen_MN[outputs[name]].sum())
                 # Layer by layer, in the order in which the file's shapes were declared: safetensors begins with them.
-                writer.write(name, rotation.packed(frozen_MN))
+                writer.write(name, masks.packed(frozen_MN))
+    # Of the selected outputs alone: a fused layer is frozen to two thirds before anything is ranked.
     meant = {name: int(outputs[name].sum()) * sizes[name][1] for name in sizes}
     shares = {name: num_frozen[name] / meant[name] for name in sizes}
     return {"frozen": num_frozen, "meant": meant, "by_module": {"share frozen": shares}}
@@ -265,7 +219,8 @@ def _random_scores(seed: int | None, name: str, shape: tuple[int, int]) -> Tenso
     """Return random scores of a layer, (M, N), determined by the seed and the layer's name."""
     assert seed is not None, "without an importance the scores are drawn"
     # Uniform scores: the largest of them are a uniformly random subset of exactly the wanted size.
-    return torch.rand(shape, generator=rotation.generator(seed, name))
+    # One generator for each layer: a layer's mask does not depend on which others are selected.
+    return torch.rand(shape, generator=generator(seed, name))
 
 
 def _selected_outputs(num_outputs: int, spans: Sequence[tuple[int, int]] | None) -> Tensor:
@@ -274,3 +229,31 @@ def _selected_outputs(num_outputs: int, spans: Sequence[tuple[int, int]] | None)
     for start, end in spans or ():
         selected_M[start:end] = True
     return selected_M
+
+
+def shared_inputs(basis: Parts | None, chosen: Sequence[WeightPlace], model: PreTrainedModel) -> dict[str, SharedInput]:
+    """Return the bases by input, each with the number of outputs of all layers that read it; none without a basis.
+
+    Raises:
+        ValueError: the basis was computed from another model's activations.
+    """
+    if basis is None:
+        return {}
+    check_basis(basis, model)
+    outputs: dict[str, int] = {}
+    for place in chosen:
+        # The sum decides which of two products is cheaper (`RotatedLayer`): x U is shared by all of these outputs.
+        outputs[place.input_of] = outputs.get(place.input_of, 0) + place.shape[0]
+    return {name: SharedInput(basis.tensor(f"{name}/vectors"), num) for name, num in outputs.items()}
+
+
+def check_basis(basis: Parts, model: PreTrainedModel) -> None:
+    """Raise ValueError for a basis that was computed from another model's activations."""
+    # Without this check a basis of the wrong model would still be orthonormal, and train as a random rotation does.
+    own = models.fingerprint(model)
+    for group, facts in basis.facts.items():
+        # A random basis has no fingerprint: it fits every model with these sizes.
+        if facts.get("fingerprint", own) != own:
+            raise ValueError(
+                f"the basis of {group} was made from activations of another model ({facts['architecture']}) than this"
+            )

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 class Whole(nn.Module):
     """Every weight of the model, as a module whose state is saved."""
 
+    # As the patch that it becomes: stacks and checks ask for the kind.
     kind = "weight"
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         # A ParameterList names its entries by number, so the weights' names are kept beside it.
         self.names = [name for name, _ in model.named_parameters()]
+        # The parameters themselves and no copies: the optimizer updates the model in place. Tied weights are in it once.
         self.weights = nn.ParameterList(model.parameters())
 
     def finished(self, state: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> patches.WeightPatch:
@@ -32,6 +34,7 @@ class Whole(nn.Module):
             start: The weights at the start of the training, by name.
         """
         # On the CPU and one weight at a time: policy, start and differences need not fit on the GPU together.
+        # By number, the order of `names`, which the state dict of a ParameterList keeps.
         return patches.WeightPatch.of(
             {name: state[f"weights.{i}"].cpu() - start[name].detach().cpu() for i, name in enumerate(self.names)}
         )

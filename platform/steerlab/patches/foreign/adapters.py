@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# Larger than the width of any model: without a bound a config of a few bytes could ask for any amount of memory.
 _MOST_RANK = 2**16
 
 
@@ -44,6 +45,7 @@ class Config(saved.Shape):
 
     peft_type: str
     r: int = Field(8, ge=1, le=_MOST_RANK)
+    # Not strict: peft writes whole numbers.
     lora_alpha: float = Field(8.0, strict=False)
     use_rslora: bool = False
     rank_pattern: dict[str, int] | None = None
@@ -82,6 +84,7 @@ class Config(saved.Shape):
             if expressions.whole(rf"(.*\.)?({pattern})", [module]):
                 alpha = value
                 break
+        # rsLoRA divides by the root of the rank.
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
@@ -119,6 +122,7 @@ def read(directory: Path, model: PreTrainedModel) -> WeightPatch:
             )
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{directory / TENSORS}: {name:.120} holds a value that is NaN or infinite")
+        # In float32: peft saves adapters in the dtype in which they trained, and B A is rounded once, in the weight.
         sides.setdefault(match["module"], {})[match["side"]] = tensor.float()
     if not sides:
         raise ValueError(f"{directory / TENSORS} holds no tensor")
@@ -156,11 +160,13 @@ def _factors(
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     if rank not in ranks:
         raise ValueError(f"{where} has rank {rank}; {CONFIG} says {', '.join(map(str, sorted(ranks)[:5]))}")
+    # alpha / r goes into one factor: a patch's strength 1 is then the adapter as peft applies it.
     up_MR = up_MR * config.scale(name, rank)
     return (down_RN.T, up_MR.T) if models.stores_transposed(module) else (up_MR, down_RN)
 
 
 def _padded(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    # Columns of zeros on one side meet rows of zeros on the other: the product is the same.
     more = rank - down.shape[0]
     return torch.nn.functional.pad(up, (0, more)), torch.nn.functional.pad(down, (0, 0, 0, more))
 
@@ -194,6 +200,7 @@ def write(directory: Path, stack: Sequence[SavedPatch], strength: float, model: 
         up, down = _padded(*pair, rank)
         transposed.add(models.stores_transposed(model.get_submodule(name)))
         up_MR, down_RN = (down.T, up.T) if models.stores_transposed(model.get_submodule(name)) else (up, down)
+        # peft's names: a `PeftModel` holds the `LoraModel` as `base_model`, and that one the model as `model`.
         prefix = f"base_model.model.{name}"
         tensors |= {f"{prefix}.lora_A.weight": down_RN.contiguous(), f"{prefix}.lora_B.weight": up_MR.contiguous()}
     # alpha = r: the scale is in the matrices.

@@ -72,9 +72,12 @@ def of_patch(patch: SavedPatch, model: PreTrainedModel, strength: float = 1.0) -
     for name, layer in zip(patch.sizes, patch.layers(), strict=True):
         if not isinstance(layer, AffineLayer):
             raise NotAdditive(f"the map of {name} is of kind {layer.kind}, not a vector that is added")
+        # Exactly 1: a vector that is added has no scale at all, and a scale of nearly 1 still steers with the size of the
+        # activation.
         if not bool((layer.scale == 1).all()):
             num = int((layer.scale != 1).sum())
             raise NotAdditive(f"the map of {name} scales {num} of {len(layer.scale)} neurons, which adding a vector cannot")
+        # Infinite bounds are those of a map without bounds in a patch where others have some.
         if layer.low is not None and layer.high is not None and not bool((layer.low.isinf() & layer.high.isinf()).all()):
             raise NotAdditive(f"the map of {name} acts within bounds alone, and a vector is added whatever the value is")
         vectors[numbers[name]] = strength * layer.shift.detach().float().cpu()
@@ -177,4 +180,5 @@ def patch(vector: ControlVector, model: PreTrainedModel, where: str) -> Activati
     if vector.model_hint and vector.model_hint not in (kind, model.config.model_type):
         warnings.warn(f"{where} was made for a model of type {vector.model_hint!r:.40}; this one is {kind!r}", stacklevel=2)
     maps = {names[number]: AffineMap.shift(direction) for number, direction in sorted(vector.vectors.items())}
+    # Escaped, since the dots of module paths would match any character.
     return ActivationPatch.from_maps(maps, Selection(modules="|".join(map(re.escape, maps))))

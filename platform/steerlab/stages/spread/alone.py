@@ -54,6 +54,7 @@ def stages(*, gpu: bool = True, models: Mapping[str, Any] | None = None, start: 
     """
     import torch
 
+    # Restored by its token: `stages` within `stages` ends with what was before.
     token = _HERE.set(Here(gpu and torch.cuda.is_available(), models or {}, start))
     try:
         yield

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 else:
     ray = late.module("ray")
 
+# Short enough for a Ctrl-C to be answered at once.
 _POLL_S = 0.5
 _R = TypeVar("_R")
 _A = TypeVarTuple("_A")

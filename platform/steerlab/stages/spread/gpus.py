@@ -38,11 +38,13 @@ def by_node() -> dict[str, TorchDevices]:
         for name in nodes
         if name not in _known
     }
+    # All of them, up to the limit: nodes answer at the same time, and one that hangs costs the limit once.
     done, late = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_LIMIT_S) if asked else ([], [])
     for name, answer in asked.items():
         if answer in done:
             _known[name] = ray.get(answer)
     for name in (name for name, answer in asked.items() if answer in late):
+        # Kept as well: asking the node again would take as long again.
         _known[name] = TorchDevices("", f"torch did not answer within {_LIMIT_S} s")
     return {node["NodeManagerAddress"]: _known[name] for name, node in nodes.items()}
 
@@ -55,6 +57,7 @@ def usable() -> bool:
     wrong = {address: devices for address, devices in by_node().items() if devices.problem}
     for address, devices in wrong.items():
         warnings.warn(f"node {address}: Ray counts GPUs, but {devices.problem}: computing on CPUs", stacklevel=3)
+    # One such node is enough: Ray may place a worker there.
     return not wrong
 
 

@@ -29,6 +29,7 @@ from steerlab.training.request import Request
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+# A progress line twice a second is as much as anybody reads, and each look is a call of an actor.
 _POLL_S = 0.5
 
 
@@ -51,6 +52,7 @@ class Board:
         self._lines: list[dict[str, float]] = []
         self._notes: list[str] = []
         self._failures: list[Exception] = []
+        # Apart from the list: `take` empties that, and a later group of workers still has to know.
         self._failed = False
 
     def put(self, line: dict[str, float]) -> None:
@@ -108,7 +110,9 @@ def fit(request: Request[ModelRef], scale: ScaleConfig, *, storage: str, report:
     # Ray Train's controller looks at its workers every 2 s by default, and a run waits for a look when it starts and ends.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     board: Any = Board.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
+    # One attempt for all groups of workers of this call: the records in a checkpoint tell attempts apart by their own number.
     launch = _Launch(request, scale, board, storage, uuid.uuid4().hex[:12])
+    # Before `fit`, so that no line waits for the end, and so that the board ends with the block whatever happens.
     following = _Following(board, report)
     with following:
         for failures_left in reversed(range(scale.max_failures + 1)):
@@ -135,6 +139,7 @@ def _trainer(launch: _Launch) -> TorchTrainer:
     return TorchTrainer(
         _worker,
         train_loop_config={"launch": launch},
+        # gloo for CPUs: NCCL knows GPUs only.
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=scale.workers,
@@ -142,9 +147,11 @@ def _trainer(launch: _Launch) -> TorchTrainer:
             resources_per_worker={"CPU": scale.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=RunConfig(
+            # Ray Train resumes a run of the same name by its own snapshot, which knows nothing of our checkpoints.
             name=f"ray-{uuid.uuid4().hex[:12]}",
             storage_path=path,
             storage_filesystem=filesystem,
+            # Ray Train V2 replaces no worker unless it is told to: `max_failures` is 0 by default.
             failure_config=FailureConfig(max_failures=scale.max_failures),
         ),
     )
@@ -160,6 +167,7 @@ class _Following:
     def __init__(self, board: ActorHandle, report: Report) -> None:
         # The driver asks the board, since an actor has no handle on a driver.
         self._board, self._report = board, report
+        # Steps are numbered from 1.
         self._newest = 0.0
         self.failure: Exception | None = None
         """First error of the workers or of `report`; None if there was none."""
@@ -211,6 +219,7 @@ def _worker(config: dict[str, _Launch]) -> None:
     context = ray.train.get_context()
 
     def say(line: str) -> None:
+        # Waited for: what a worker says just before it dies would be lost otherwise.
         ray.get(board.note.remote(line))
 
     # PyTorch starts a thread for every core of the node, not for the CPUs that Ray reserved for this worker.
@@ -219,9 +228,11 @@ def _worker(config: dict[str, _Launch]) -> None:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),
+        # The one that Ray has made visible to this worker; torch's own default would be the first of the node.
         device=get_device(),
         storage=launch.storage,
         attempt=launch.attempt,
+        # Not waited for: a step must not take as long as a call to another node.
         tell=lambda metrics: board.put.remote(metrics),
         say=say,
     )

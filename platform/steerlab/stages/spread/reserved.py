@@ -54,6 +54,7 @@ def available() -> dict[str, float]:
     """Return the number of CPUs and GPUs that the cluster has or, with an autoscaler, can grow to."""
     if alone.here() is not None:
         return present()
+    # The larger of the two: an autoscaler's limit may be below what stands there by hand.
     now, limit = ray.cluster_resources(), most_resources()
     return {name: max(now.get(name, 0), limit.get(name, 0)) for name in ("CPU", "GPU")}
 
@@ -70,6 +71,7 @@ def threads() -> int:
     """Return the number of CPUs that this worker reserved, which is its number of threads."""
     if (process := alone.here()) is not None:
         return process.cpus
+    # At least one thread, also for a part of a CPU.
     return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
 
 
@@ -136,4 +138,5 @@ def of_actors(scale: ScaleConfig, workers: int = 1) -> dict[str, float]:
 def _largest_node() -> float:
     if alone.here() is not None:
         return present()["CPU"]
+    # Of nodes that are alive: Ray lists those that have gone, too.
     return max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])

@@ -87,6 +87,7 @@ class WorkFolder:
     """The work directory of a stage; `address` opens it again on any node."""
 
     def __init__(self, root: str, stage: str, key: str) -> None:
+        # Three texts: they travel to a worker, which opens a file system of its own.
         self.address = (root, stage, key)
         self._store = Store(root)
         self._folder = f"work/{stage}/{key}"
@@ -166,11 +167,13 @@ class WorkFolder:
 
     def keep(self, entry: Planned, suffix: str, make: Callable[[Path], Facts]) -> Done:
         """Let `make` write a part to the path it is called with, then write the part's record and return it."""
+        # By the shard's number: another attempt writes the same name, and the newest record says what is in it.
         name = f"part-{entry.number:05d}{suffix}"
         self._fs.create_dir(f"{self._base}/parts", recursive=True)
         if isinstance(self._fs, pafs.LocalFileSystem):
             path = Path(self._base, "parts", name)
             with explained_full_disk(f"part {entry.number}", self.address[0], path):
+                # On the disk of ROOT itself, so that a part is not copied; the record says when it is whole.
                 facts = make(path)
         else:
             # An object appears at the end of its upload, so the part is made on the node's disk and uploaded in one piece.
@@ -213,10 +216,12 @@ def planned(folder: WorkFolder, data: DataSet, rows_per_shard: int) -> list[Plan
     """Return the planned shards of a data set; a complete plan of a stage that was killed is used again."""
     entries = folder.plan
     # The data set is not read again: its fingerprint is part of the stage's key, which names this folder.
+    # Every text is compared once here, so that a worker hours later need not fail on one.
     if entries is not None and all(_is_whole(folder.texts(entry.number), entry) for entry in entries):
         return entries
     entries = []
     read = rows.read(data)
+    # By rows and not by bytes or workers: the shards, and with them the artifact, do not depend on the cluster.
     for number, first in enumerate(range(0, len(read), rows_per_shard)):
         chosen = read[first : first + rows_per_shard]
         taken = [

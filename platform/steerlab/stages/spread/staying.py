@@ -32,6 +32,7 @@ Tell = Callable[[_L], None]
 """Takes a message, such as progress, from a function that is running."""
 
 
+# Two types, since a function may return what looks like a message.
 class _Message(NamedTuple, Generic[_L]):
     """Message of a function that is running."""
 
@@ -76,10 +77,12 @@ def call(
     """
     if alone.here() is not None:
         return alone.call(function, (receive, *arguments), reserved["num_cpus"])
+    # From `max_failures` down to 0.
     for failures_left in reversed(range(scale.max_failures + 1)):
         lines = _start(function, arguments, scale, reserved, owner)
         try:
             for line in lines:
+                # The generator yields references; `get` raises the function's own error, or that of a death.
                 item: _Message[_L] | _Result[_R] = ray.get(line)
                 if isinstance(item, _Result):
                     return item.value
@@ -88,6 +91,7 @@ def call(
             # BaseException: after a Ctrl-C, too, the function must not go on. Even after a death the process is ended: the
             # error may mean that one message was lost, while the process is alive.
             if _keeps(scale, reserved):
+                # The task is told to stop; its process stays for the next one.
                 ray.cancel(lines)
             else:
                 close()
@@ -115,6 +119,7 @@ def close() -> None:
 
 def every(seconds: float, tell: Tell[tuple[*_A]]) -> Callable[[*_A], None]:
     """Return a function that passes its arguments to `tell`, at most once in so many seconds; other calls do nothing."""
+    # Not the time of day, which a clock may set back.
     last_s = time.monotonic()
 
     def sometimes(*values: *_A) -> None:
@@ -150,6 +155,7 @@ def _start(
         _open.actor = remote(_Actor).options(**reserved).remote()
         _open.owner = owner
     assert _open.actor is not None
+    # A streaming generator, since a call of an actor returns once otherwise: messages arrive while the function runs.
     return _open.actor.run.options(num_returns="streaming", name=name).remote(function, arguments)
 
 

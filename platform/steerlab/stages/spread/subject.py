@@ -134,6 +134,7 @@ def _params(job: Job, below: Stage | None) -> OnModel:
 
 def identity(source: str) -> str:
     """Return what represents a source in a stage's parameters: for a file on disk its fingerprint, else its text."""
+    # Not its path: the same file in another place is the same data, and another file in its place is not.
     return sources.fingerprint(source) if sources.parse(source).kind == "path" else source
 
 
@@ -212,6 +213,7 @@ def load(loading: Loading) -> Any:
     torch.set_num_threads(reserved.threads())
     process, source = alone.here(), loading.ref.source
     if process is not None and source is not None and source in process.models:
+        # A session's own model, which is not loaded again.
         return process.models[source]
     return stacks.load(
         loading.ref.locate(),
@@ -233,6 +235,7 @@ _last: tuple[str, Any] | None = None
 
 def loaded_once(owner: str, loading: Loading) -> Any:
     """Return the model of `owner`, loaded by this call unless the last one in this process had the same owner."""
+    # Of the process and not of an actor: a warm task has no object that stays between two calls.
     global _last
     if _last is None or _last[0] != owner:
         _last = None  # drops the other model before the new one is loaded: both at once may not fit into memory

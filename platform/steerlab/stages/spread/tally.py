@@ -25,6 +25,7 @@ class Tally:
     def __init__(self) -> None:
         self._rows: dict[int, int] = {}
         self._deaths = 0
+        # 0 until the first report.
         self._first_s = 0.0
 
     def died(self) -> int:
@@ -62,6 +63,7 @@ def following(tally: ActorHandle, report: Callable[[int, float], None], total: i
         now, seconds = ray.get(tally.total.remote())
         if now > newest:
             newest = now
+            # Seconds a row so far, times the rows that are left.
             report(now, seconds * (total - now) / now)
 
     def follow() -> None:

@@ -44,6 +44,7 @@ def fit(request: Request[ModelRef], scale: ScaleConfig, *, storage: str, report:
             newest = line["step"]
             report(line)
 
+    # Without `owner`: a training loads its own model, and leaves none for the next.
     held = {"num_cpus": scale.cpus_per_worker, "num_gpus": reserved.gpus_of(scale)}
     staying.call(_train, (request, scale, storage), scale, held, receive)
 

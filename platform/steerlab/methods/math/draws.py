@@ -1,0 +1,15 @@
+"""Random generators that are determined by a seed and a name."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Return a random generator that is determined by a seed and a name."""
+    # A hash, not `seed + number`: neighbouring seeds would give the same streams to different layers.
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    # 7 bytes: torch takes a signed integer of 64 bits.
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
