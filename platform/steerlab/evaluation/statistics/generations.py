@@ -29,6 +29,7 @@ TEXTS = ("continuation", "output", "output_in_data", "answer", "response", "resp
 PROMPTS = ("prompt", "instruction", "question")
 """The same for prompts."""
 _METADATA = b"steerlab"
+_NUMBERS = {pa.int64(), pa.float64()}
 _PLAIN = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
 
 
@@ -62,9 +63,24 @@ def joined(steered: pa.Table, plain: pa.Table, plain_strength: float) -> pa.Tabl
     """Return a task's rows at all strengths, and after them those of the model without the patch at `plain_strength`."""
     number = plain.schema.get_field_index("strength")
     strengths = pa.array([plain_strength] * len(plain), pa.float64())
-    both = [steered, plain.set_column(number, "strength", strengths).replace_schema_metadata(steered.schema.metadata)]
-    # Permissive: a column that is empty in one of the two has no type there.
-    return pa.concat_tables(both, promote_options="permissive")
+    plain = plain.set_column(number, "strength", strengths).replace_schema_metadata(steered.schema.metadata)
+    for name in set(steered.column_names) & set(plain.column_names):
+        steered, plain = _alike(steered, plain, name), _alike(plain, steered, name)
+    # Permissive: whole numbers on one side become fractions as on the other, and a column of one side is null on the other.
+    return pa.concat_tables([steered, plain], promote_options="permissive")
+
+
+def _alike(table: pa.Table, other: pa.Table, name: str) -> pa.Table:
+    """Return a table whose column can be joined with that of another table, which may have been written from other rows."""
+    column, kind = table[name], other.schema.field(name).type
+    number = table.column_names.index(name)
+    if column.null_count == len(column):
+        # No value tells what the column holds, so it was written as one of texts.
+        return table.set_column(number, name, pa.nulls(len(column), kind))
+    if column.type != kind and not {column.type, kind} <= _NUMBERS and other[name].null_count < len(other):
+        # As within one column: values of several types are written as JSON.
+        return table.set_column(number, name, pa.array(list(_as_texts(column.to_pylist())), pa.string()))
+    return table
 
 
 def dumped(written: pa.Table) -> bytes:
