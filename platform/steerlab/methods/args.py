@@ -101,6 +101,7 @@ def _check_tokenizer(reward: str, model: SteeredModel) -> None:
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for a reward model that does not exist or does not go with the model, and for too many candidates."""
+    # Asked here and not of the config: the catalogue describes a config without either.
     if config.reward is None and config.head is None:
         raise ValueError(
             "method.reward: this key is required by method args: the source of a reward model (or give method.head)"
@@ -113,6 +114,7 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         if config.reward is None:
             sources.fetch(config.head or "")
             return
+        # From the config of the reward model: one output, and how many tokens its embedding has.
         num = models.check_reward_model(models.prepare(sources.fetch(config.reward)))
     # The key of the job is named, since the message comes from the code that reads sources.
     except ValueError as error:

@@ -62,6 +62,7 @@ def aura_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     Raises:
         ValueError: fewer than 4 samples on a side, different widths, or a NaN or infinite value.
     """
+    # A NaN would count as the largest value of its neuron.
     check_samples(source_ND, target_MD)
     # The clamp leaves neurons alone that are larger on wanted texts (AUROC below 0.5).
     # Gini coefficient of the ROC curve: 0 for a neuron that tells nothing, 1 for a perfect expert. The scale is between 0 and

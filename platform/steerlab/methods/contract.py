@@ -137,6 +137,7 @@ class Trainee(nn.Module):
         return part("model.") if self.adapters is None else self.adapters.folded(part("model."), part("adapters."))
 
     @classmethod
+    # 1 for losses that are means within a row: a long pair then weighs as much as a short one.
     def counts(cls, row: Row, loss_on: str) -> int:
         """Return what a row adds to the divisor of the loss: its target tokens; override it with 1 for pairs or images."""
         # A class method: the divisor of a step is known from its rows, before any of them is encoded into a batch.
@@ -152,6 +153,7 @@ class Trainee(nn.Module):
             config: the method's config.
             skeleton: the model's modules on the meta device, without weights.
         """
+        # None for the other trainings: the estimate then takes all of the model's parameters as trained.
         return Size(lora.num_trained(skeleton, config.lora)) if lora.adapts(config) else None
 
     # Called after the constructor of the method's class, which `super().__init__` cannot look into.
@@ -214,6 +216,7 @@ class PatchedModel(Trainee):
     With `adapted`, low-rank adapters train together with the patch, and are folded into the weights that are saved.
     """
 
+    # A rotation of embeddings without the weights that learnt to read it would only disturb the base model.
     leaves_model, leaves_patch = True, True
 
     def __init__(self, model: PreTrainedModel, adapted: lora.Lora | None = None) -> None:
@@ -232,6 +235,7 @@ class PatchAlone(Trainee):
     The training refuses a trainee that leaves `inputs.below` off.
     """
 
+    # A patch of a few megabytes, or of one matrix, is all that such a training adds to the store.
     leaves_model, leaves_patch = False, True
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -241,6 +245,7 @@ class PatchAlone(Trainee):
 
     def train(self, mode: bool = True) -> PatchAlone:
         """Set the patch's training mode; the model stays in evaluation mode."""
+        # nn.Module.train sets every submodule, the frozen model among them; the next line takes that back for it.
         super().train(mode)
         # Dropout in a frozen model would only add noise to the patch's gradients.
         self.model.train(False)
@@ -318,6 +323,7 @@ class Method:
     shared_example: ClassVar[str | None] = None
     """Job file whose method may be any of this class, for methods without an `example`."""
 
+    # Roles and not data: the stages that extract are planned from the job.
     def reads(self, config: MethodConfig) -> tuple[str, ...]:
         """Return the roles of the data sets whose activations are extracted before the method runs."""
         return ()
@@ -335,6 +341,7 @@ class Method:
         """Whether `prepares` may declare stages: only then is the model's code loaded to plan a job."""
         return False
 
+    # Asked before the job is planned: what is walked is not extracted first.
     def walks(self, config: MethodConfig) -> bool:
         """Return whether maps are fitted one after another, each on activations with all earlier maps applied."""
         # By the class of the config and not by a name, so that a closed form in a user's own file gets the walk as well.
@@ -406,6 +413,7 @@ class Trained(Method):
 
     def __post_init__(self) -> None:
         # When the method is defined, not when it runs: the error names the class to change.
+        # Exactly these bases: what an artifact holds follows from them.
         if not issubclass(self.module, WholeModel | PatchedModel | PatchAlone):
             raise TypeError(f"{self.module.__name__}: derive it from WholeModel, PatchedModel or PatchAlone")
         if self.roles_read and not issubclass(self.Config, SteeringConfig):
@@ -480,6 +488,7 @@ class Fitted(Method):
         # Each map changes what later places compute, so these activations do not exist before the fit.
         if not self.walks(config):
             return ()
+        # `walks` has looked at the class already; this tells the type checker.
         assert isinstance(config, SequentialConfig)
         # The source is walked in either case, since its activations behind a fitted map exist only with that map.
         return SAMPLES if config.incremental_target == "steered" else ("source",)
@@ -495,6 +504,7 @@ def language_modelling_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     # In float32: in bfloat16 the log-sum-exp over a vocabulary keeps two or three digits.
     # A sum: means of passes with different numbers of targets would weigh the tokens of short passes more. Logits of the last
     # position predict nothing, and nothing predicts position 0.
+    # (B (T - 1), V) against (B (T - 1),).
     return nn.functional.cross_entropy(
         logits_BTV[:, :-1].float().flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )
@@ -513,6 +523,7 @@ def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Loss:
     return Loss(language_modelling_loss(logits_BTV, labels_BT), {"token_accuracy": is_right_BT.float().sum()})
 
 
+# What the optimizer gets, what a checkpoint must hold, and what the artifact reports as trained: one answer for all three.
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that receive gradients, by name."""
     # In the order of registration, which the optimizer's state in a checkpoint relies on. Tied weights come once, under their

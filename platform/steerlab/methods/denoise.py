@@ -74,6 +74,8 @@ class Denoise(WholeModel):
         # By the pipeline's own scheduler, whose alphas the sampler will use, too.
         noisy_BCHW = self._scheduler.add_noise(x_BCHW, noise_BCHW, t_B)
         # eps, or v = alpha_t eps - sigma_t x: what this pipeline's sampler expects the denoiser to return.
+        # The velocity stays well scaled where alpha_t is near 0 and x_t is nearly pure noise, from which eps tells nothing of
+        # x.
         if self._scheduler.config.prediction_type == "v_prediction":
             target_BCHW = self._scheduler.get_velocity(x_BCHW, noise_BCHW, t_B)
         else:
@@ -81,6 +83,7 @@ class Denoise(WholeModel):
         # The empty prompt is the unconditional model of classifier-free guidance.
         prompts = [prompt if has_prompt else "" for prompt, has_prompt in zip(batch.prompts, with_prompt_B, strict=True)]
         # The denoiser alone: the loss is that of one timestep, and the pipeline's call would sample all of them.
+        # (B, C, H, W), eps or v.
         predicted = self.model.denoiser(noisy_BCHW, t_B, **self.model.pipeline.condition(prompts)).sample
         # In float32: squares of small errors underflow in half precision.
         # A mean over pixels first: an image counts 1, whatever its size, as `counts` says.

@@ -97,6 +97,7 @@ class Dpo(PatchAlone):
         """Return the summed loss of the pairs (eq. 7, or another loss of the same margin)."""
         tokens = scoring.predicted(batch)  # N response tokens of P pairs
         # Before the policy's pass: peft 0.21 takes `requires_grad` from adapters that are off, and gives it back afterwards.
+        # log pi_ref(y_t), (N,).
         with torch.no_grad(), self._reference() as reference:
             reference_N = scoring.log_probs(reference, batch, tokens)
         # log pi(y_t) of the response tokens alone, (N,): logits are computed for these, and not for prompts and padding.
@@ -104,6 +105,7 @@ class Dpo(PatchAlone):
         # The reward of a response is beta sum_t (log pi - log pi_ref)(y_t), the argument of sigmoid in eq. 7 their difference.
         config = self.config
         # Differences of the tokens first, sums second: the sums of policy and reference are close and hundreds of nats large.
+        # The gradient reaches the policy alone: reference_N was computed without one.
         pairs = pair_losses.compare(policy_N, reference_N, tokens, config.beta, config.length_average)
         loss_P = pair_losses.loss(pairs.margin_P, config.beta, config)
         # A sum over pairs; the loop divides it by the pairs of the step, over all passes and workers.

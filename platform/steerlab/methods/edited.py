@@ -37,6 +37,7 @@ class EditConfig(MethodConfig):
     one was trained by a job."""
 
 
+# The same orientation for every architecture, (M, N): formulas need not know that GPT-2 stores (N, M).
 class Weight(NamedTuple):
     """One parameter in the three models, float32; (M, N) for a linear layer, however the model stores it."""
 
@@ -110,4 +111,5 @@ class Edited(Method):
         # Of the model before the training: X in the papers are the inputs of the aligned model.
         names = self.preparations(config, skeleton, prepare)
         prepare.check_read(names)
+        # Those that `edit` reads; further stages may be inputs of these alone.
         return names

@@ -66,6 +66,8 @@ class Genarm(PatchAlone):
         # The reward model starts from the plain weights: with patches of weights or embeddings the base is another model.
         if any(patch.kind in ("weight", "embedding") for patch in inputs.below):
             raise ValueError("model.source: the reward model begins as a plain model; `steerlab export` folds a weight patch")
+        # The embeddings, the head and the tokens are the base's: logits of both models are of the same vocabulary, index by
+        # index.
         second = copy.deepcopy(model) if config.num_layers is None else models.first_layers(model, config.num_layers)
         super().__init__(model)
         self.config = config
@@ -88,8 +90,10 @@ class Genarm(PatchAlone):
         """Return the summed loss of the pairs; the base model does not run."""
         tokens = scoring.predicted(batch)  # N response tokens of P pairs
         # The second model alone: no logits of the base are in the loss, and its pass would cost as much again.
+        # log pi_r(y_t | x, y_<t) of the response tokens, (N,).
         log_prob_N = scoring.log_probs(self.second, batch, tokens)
         # r(x, y) is a sum of log pi_r: DPO's reward without a reference.
+        # beta and the length average are those of the training loss; decoding uses log pi_r itself, token by token.
         pairs = pair_losses.compare(log_prob_N, None, tokens, self.config.beta, self.config.length_average)
         # A Bradley-Terry model of the pair: sigmoid(r_w - r_l) is the probability that the chosen response is preferred.
         return Loss(pair_losses.loss(pairs.margin_P, self.config.beta).sum(), pairs.metrics())

@@ -141,6 +141,7 @@ class Iav(PatchAlone):
         # Token by token, then summed: (N,) to (P,).
         pairs = pair_losses.compare(scores.log_prob_N, reference_N, tokens, config.beta, config.length_average)
         loss_P = pair_losses.total(pairs, pair_losses.loss(pairs.margin_P, config.beta, config), config)
+        # KL(pi_z || pi_Wh) and |a|^2 of each token are by-products of the chunked pass (`scoring.compared`): no second softmax.
         kl_P, square_P = (pair_losses.mean_of_pairs(x_N, tokens) for x_N in (scores.kl_N, scores.square_N))
         # The penalties are means over both responses of a pair, so that all three terms are summed over pairs.
         # All of eq. L in the module docstring; a zero weight leaves its term at 0 times a finite number.

@@ -43,7 +43,7 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for a file that does not exist, is damaged, or is for a model of another width or depth."""
     if config.source is None:
         raise ValueError("method.source: this key is required by method imported: the source of a patch")
-    # Before the start, by header and shapes alone: the tensors may be as large as a model.
+    # Before the start: a file that does not fit would otherwise fail after the model was loaded.
     try:
         foreign.check(sources.fetch(config.source), facts.hidden_size, facts.num_layers)
     except ValueError as error:

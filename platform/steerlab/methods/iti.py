@@ -92,6 +92,7 @@ def probe(source_ND: Tensor, target_MD: Tensor, ridge: float = 1.0) -> tuple[Ten
     return direction_D / direction_D.norm(), accuracy
 
 
+# Only sigma and theta come from the data: where texts lie along theta does not matter to a shift.
 def iti_map(source_ND: Tensor, target_MD: Tensor, direction_D: Tensor, alpha: float) -> AffineMap:
     """Return the shift by alpha standard deviations along a unit direction (section 4: alpha sigma theta).
 

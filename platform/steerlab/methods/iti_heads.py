@@ -63,6 +63,7 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
                 f"method.heads {config.heads}: {name} has {source[name].shape[1]} numbers, which are not so many heads"
             )
         # The input of an output projection is the heads' results one after another, so that a head is one stretch of it.
+        # (N, H d) to H pieces (N, d).
         pairs = zip(source[name].chunk(config.heads, 1), target[name].chunk(config.heads, 1), strict=True)
         for head, (a_Nd, b_Md) in enumerate(pairs):
             # The probe ranks the heads, whichever direction the shift follows.

@@ -8,6 +8,7 @@ from steerlab.job import MethodConfig
 from steerlab.methods.contract import ANY_KIND, Plain
 
 
+# A job without a method has this one: what follows reads a method without asking whether there is one.
 class Config(MethodConfig):
     """The model as it is; there are no hyperparameters."""
 

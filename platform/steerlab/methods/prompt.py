@@ -40,6 +40,7 @@ class Config(MethodConfig):
     separates it from the text."""
 
 
+# Pure text: tokens are made where the prompts are encoded, under the chat template of the model.
 def preamble(config: Config, examples: Sequence[Mapping[str, object]]) -> Preamble:
     """Return what stands before each prompt.
 

@@ -54,6 +54,7 @@ class Reft(PatchAlone):
         # In the order of the places, by the generator that the training has seeded: every rank starts with the same V.
         for layer in self.patch.layers():
             # U is zero: V must not be, or both gradients would vanish. 1 / sqrt(D) keeps V z of the size of z's entries.
+            # LoReFT is U = R^T and V z + c = W z + b - R z with orthonormal rows of R; DiReFT trains both factors freely.
             nn.init.normal_(layer.get_parameter("down"), std=layer.get_parameter("down").shape[1] ** -0.5)
         # Above the patches below: V reads what they have made of z.
         patches.attach(model, [*inputs.below, self.patch])

@@ -62,6 +62,7 @@ def reading_vector(source_ND: Tensor, target_MD: Tensor) -> Tensor:
     signed_PD = sign_P1 * difference_PD
     # The right singular vectors of the centred differences are their principal components; `full_matrices` would add D - P
     # more.
+    # (K, D) with K = min(P, D), in descending order of the singular values.
     _, _, axes_KD = torch.linalg.svd(signed_PD - signed_PD.mean(0), full_matrices=False)
     # A principal component has no sign of its own.
     # Of the means and not of the pairs, whose signs were alternated.

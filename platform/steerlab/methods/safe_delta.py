@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 _DAMPING = 0.01
 """Share of the mean of H's diagonal that is added to the diagonal."""
+# Without it a larger layer could keep no more than a small one, as costs are summed over entries.
 _REFERENCE = 4096**2
 """Entries of the layer for which the authors' code sets epsilon."""
 
@@ -110,6 +111,8 @@ def select(before_MN: Tensor, after_MN: Tensor, inverse_NN: Tensor, budget: floa
         compensate: whether C is added.
     """
     # d_m over the rows and inputs; [H^-1]_mm depends on the input m alone, since every row of W has the same Hessian.
+    # OBS: with entry m held at its change d_m, the other entries of the row can lower the loss to d_m^2 / (2 [H^-1]_mm) and no
+    # further, by the move that C adds up.
     change_MN, diagonal_N = (after_MN - before_MN).double(), inverse_NN.diagonal()
     # d_m^2 / (2 [H^-1]_mm), (M, N): `diagonal_N` broadcasts over rows.
     cost_MN = change_MN.square() / (2 * diagonal_N)
@@ -130,6 +133,7 @@ def select(before_MN: Tensor, after_MN: Tensor, inverse_NN: Tensor, budget: floa
         # (M, N) @ (N, N): row by row the sum over kept m of d_m / [H^-1]_mm * [H^-1]_m,:. Kept entries are left out of C, as
         # they are fixed.
         new_MN = new_MN + ~kept_MN * ((kept_MN * change_MN / diagonal_N) @ inverse_NN)
+    # The cost of what is kept, at most epsilon: how much of the budget the fine-tuning needed.
     return Selected(new_MN.float(), kept_MN, float(cost_MN[kept_MN].sum()), epsilon)
 
 

@@ -96,6 +96,7 @@ class Simpo(PatchAlone):
         # No reference, and so one pass a step where DPO needs two.
         log_prob_N = scoring.log_probs(self.model, batch, tokens)
         # The mean over the tokens of a response, times beta (eq. 4); without a reference.
+        # log pi / |y|: a sum over tokens would reward short responses, and no reference takes their length out.
         pairs = pair_losses.compare(log_prob_N, None, tokens, config.beta, length_average=True)
         # The margin gamma is subtracted from the difference of rewards, inside of the sigmoid.
         loss_P = pair_losses.loss(pairs.margin_P - config.gamma, config.beta, config)

@@ -100,6 +100,7 @@ def linear_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     check_samples(source_ND, target_MD)
     # After the check: a NaN sorts behind all numbers, and would be matched as the largest value.
     pairs = coupling(len(source_ND), len(target_MD))
+    # (D,) each, in float64.
     mean_a_D, mean_b_D = source_ND.double().mean(0), target_MD.double().mean(0)
     # Centred before anything is multiplied: float32 would lose a small spread around a large mean.
     # (D, N) and (D, M); sorting does not depend on the shift by the mean, so that centring first changes no pair.
@@ -108,11 +109,14 @@ def linear_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     a_DK, b_DK = paired(a_DN, pairs.source_K), paired(b_DM, pairs.target_K)
     weight_K = pairs.weight_K.float()
     # The weights sum to 1 and the samples are centred, so that these are variance and covariance without a further division.
+    # With a and b centred, the least-squares slope over pairs of weight p is sum p a b / sum p a^2.
     variance_D = (a_DK.square() @ weight_K).double()
     covariance_D = ((a_DK * b_DK) @ weight_K).double()
     # The inner `where` keeps 0 / 0 out of the branch that is not taken.
     constant_D = variance_D.sqrt() <= _CONSTANT * mean_a_D.abs()
     # w = cov(a, b) / var(a); b0 = mean(b) - w mean(a)
+    # A slope of 1 for a constant neuron: b0 = mean(b) - mean(a) then moves its one value to the target's mean. The authors'
+    # code adds unseeded noise of 1e-8 instead, which gives a random slope of about 1e7.
     scale_D = torch.where(constant_D, 1.0, covariance_D / variance_D.where(~constant_D, torch.ones_like(variance_D)))
     # b0 in float64: w mean(a) and mean(b) may be large and nearly equal.
     return AffineMap(scale_D.float(), (mean_b_D - scale_D * mean_a_D).float())
@@ -162,6 +166,7 @@ def _is_constant(source_ND: Tensor, target_MD: Tensor, min_std: float) -> Tensor
     return (source_ND.double().std(0) < min_std) | (target_MD.double().std(0) < min_std)
 
 
+# Of one process: `batch_distance` (math/coupling.py) is the same for a batch that is spread over workers.
 def distance(source_ND: Tensor, target_MD: Tensor) -> Tensor:
     """Return the squared 2-Wasserstein distance between two samples for every neuron, (D,); differentiable.
 
@@ -199,6 +204,7 @@ def everywhere(
         target: pooled activations by place, (M, D) each.
     """
     # One call over all neurons instead of one for each place: sorting many short rows at once is much faster.
+    # (N, sum of D) and (M, sum of D); the target's columns are put in the order of the source's places.
     whole = fit(torch.cat(list(source.values()), 1), torch.cat([target[name] for name in source], 1))
     # A map is a tuple of tensors over all neurons (bounds may be None); each is split by place again.
     # By the order of `source`, in which the columns were joined.

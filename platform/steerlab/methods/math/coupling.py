@@ -36,6 +36,8 @@ def coupling(n: int, m: int) -> Coupling:
     """
     # In units of 1/(nm) all edges are integers, so that no edge is lost or doubled by rounding.
     # Cached by (n, m): a training asks for the same coupling in every step.
+    # For n = 2 and m = 3: 0, 2, 3, 4, 6 in units of 1/6. The values 0, 0, 1, 1 of the source meet 0, 1, 1, 2 of the target,
+    # with weights 2/6, 1/6, 1/6, 2/6.
     edges = torch.cat([torch.arange(n) * m, torch.arange(m) * n, torch.tensor([n * m])]).unique()
     # Between two edges the source is at its value floor(start / m) and the target at floor(start / n).
     starts, gaps = edges[:-1], edges.diff()
@@ -73,9 +75,11 @@ def batch_distance(pooled_BS: Tensor, target_SM: Tensor, cost: Callable[[Tensor]
     # By sizes alone: which value is matched with which is known before any value is.
     pairs = _coupling_on(len(rows_NS), target_SM.shape[1], target_SM.device)
     # Optimal transport in one dimension matches sorted values; the sort's gradient goes back to the unsorted ones.
+    # (S, N): the sorted values, and the row that each came from.
     sorted_SN, row_SN = rows_NS.T.contiguous().sort(dim=1)
     # A weighted sum over matched pairs, for every neuron.
     # The matching itself has no gradient: it is constant between two crossings of sorted values.
+    # u_(q) - v_(q) at the quantiles of the coupling, (S, K).
     gap_SK = paired(sorted_SN, pairs.source_K) - paired(target_SM, pairs.target_K)
     weight_K = pairs.weight_K.to(gap_SK.dtype)
     if len(rows_NS) == len(pooled_BS):

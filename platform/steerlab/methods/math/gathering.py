@@ -25,4 +25,5 @@ def whole_batch(pooled_BS: Tensor) -> tuple[Tensor, int]:
     # loss.
     torch.distributed.all_gather(parts, pooled_BS.detach().contiguous())
     parts[rank] = pooled_BS  # all_gather fills copies without a gradient; the own part keeps its graph
+    # Rows of all workers in the order of their ranks, (N, S).
     return torch.cat(parts), rank * len(pooled_BS)

@@ -55,6 +55,7 @@ class GradientSums:
         """Whether the loss, under "", and the gradient of each place of the batch are numbers."""
         # All weights first: gradients of the others would take as much memory as the model, and nobody reads them.
         model.model.requires_grad_(False)
+        # The model's own parameters: autograd then computes dL/dW once per layer, and nothing is copied.
         weights = [model.model.get_parameter(f"{place.module}.weight").requires_grad_(True) for place in places]
         self._handles = [
             # This hook runs after `grad` is written and may clear it; an ordinary tensor hook runs before, so that all
@@ -112,6 +113,7 @@ class GradientSums:
             assert weight.grad is not None
             module = self._model.model.get_submodule(place.module)
             # As (M, N): GPT-2 stores weights, and so gets their gradients, transposed.
+            # In float32: added up in bfloat16, the terms of later batches would vanish in the sum.
             grad_MN = models.linear_weight(module, weight.grad).float()
             weight.grad = None  # or the next batch would be added to it
             self._finite[place.module] = grad_MN.isfinite().all()

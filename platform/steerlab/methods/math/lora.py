@@ -70,6 +70,7 @@ class Adapters(nn.Module):
         # An adapter changes all outputs of a layer: in a fused layer queries, keys and values are adapted together.
         # GPT-2 stores weights as (inputs, outputs); peft has to know it, and `factors` transposes them.
         self._transposed = models.stores_transposed(model.get_submodule(self.names[0]))
+        # Without dropout, biases and rank-stabilised scaling, which peft leaves off by default.
         lora_config = LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,  # type: ignore[arg-type]
@@ -121,6 +122,7 @@ class Adapters(nn.Module):
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         for number, name in enumerate(self.names):
             # On the CPU, where patches are saved.
+            # B is (M, R), A is (R, N).
             up_MR, down_RN = state[f"ups.{number}"].cpu() * scale, state[f"downs.{number}"].cpu()
             # (M, R) @ (R, N), or (N, R) @ (R, M) for weights that are stored as (N, M).
             factors[f"{name}.weight"] = (down_RN.T, up_MR.T) if self._transposed else (up_MR, down_RN)

@@ -60,6 +60,7 @@ class Block:
         heads = models.text_config(self.model).num_attention_heads
         width = self.layer["attn_q"].shape[0] // heads
         # From the rows of W_K instead of the config's `num_key_value_heads`, which not every config has.
+        # Multi-head attention gives G = 1, multi-query attention G = H.
         return heads, heads // (self.layer["attn_k"].shape[0] // width)
 
 
@@ -81,6 +82,8 @@ class Neurons:
         # One pass records all layers: memory is that of their inputs for one batch, T x N each, not one pass for each neuron.
         self._layers = blocks(model.model, wanted.target_layers)
         self._seen: dict[str, Tensor] = {}
+        # Queries and keys by the output of their layers, before the rotation of positions; the others by the input of the layer
+        # after them.
         self._handles = [
             handle
             for layer in self._layers
@@ -111,6 +114,7 @@ class Neurons:
     def close(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
+            # Hooks keep the last inputs of every layer in memory.
             handle.remove()
 
     @torch.no_grad()
@@ -122,6 +126,7 @@ class Neurons:
         # Row by row: eq. 2 is a set for each query, and queries have different lengths.
         for row in range(len(batch.input_ids)):
             # The query alone: an answer in the row is no part of it.
+            # (T,) bool, without padding.
             is_query_T = batch.attention_mask[row].bool() & (batch.phases[row] != GENERATION)
             # All types of a row first: the threshold of a type needs its neurons of every layer.
             importance = {kind: self._importance(kind, row, is_query_T) for kind in TYPES}

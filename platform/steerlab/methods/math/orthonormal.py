@@ -50,6 +50,7 @@ def random_basis(size: int, seed: int, name: str) -> Tensor:
     """Return a random orthonormal basis, (N, N) float32, uniform over all of them, for this seed and name."""
     # QR of a Gaussian matrix, in float64 like `eigenbasis`, so that the control is as orthonormal as what it is compared with.
     gauss_NN = torch.randn(size, size, generator=generator(seed, name), dtype=torch.float64)
+    # Q R with an orthonormal Q, whose columns keep the directions of the Gaussian columns up to their signs.
     vectors_NN, upper_NN = torch.linalg.qr(gauss_NN)
     # Without the signs of R's diagonal the Q of a QR decomposition is not uniform (Mezzadri 2007, arXiv math-ph/0609050).
     return (vectors_NN * upper_NN.diagonal().sign()).float()

@@ -55,6 +55,7 @@ class PairLossConfig(MethodConfig):
         return self
 
 
+# All of (P,): what the losses, the penalties and the log need of two responses.
 class Pairs(NamedTuple):
     """The two responses of each pair under the policy, (P,), in nats."""
 
@@ -108,6 +109,7 @@ def compare(
         length_average: Whether a reward is a mean over the tokens of a response instead of a sum.
     """
     # Of the difference token by token: the two sums are large and nearly equal, and float32 would lose digits.
+    # r of the module docstring, token by token: log pi - log pi_ref, or log pi without a reference.
     score_N = log_prob_N if reference_N is None else log_prob_N - reference_N
     # Response tokens of each sequence, (S,).
     size_S = _counts(tokens.sequence_N, tokens.sequences)
@@ -131,12 +133,15 @@ def loss(margin_P: Tensor, beta: float, config: PairLossConfig | None = None) ->
     if kind == "hinge":
         # No gradient beyond a margin of 1: such a pair is settled, and only others move the policy.
         return torch.relu(1 - margin_P)
+    # IPO replaces log sigmoid by a square, so that a pair that is always won does not push the margin to infinity.
     if kind == "ipo":
         # Divided by beta again: IPO regresses the plain log-ratio, and its target 1 / (2 beta) is a number of nats.
         return (margin_P / beta - 1 / (2 * beta)).square()
     # `logsigmoid` and not log(sigmoid(x)), which is -inf for margins below about -100 in float32.
     # s(m) and s(-m), (P,) each, computed once for the two losses that use both.
     as_labelled_P, as_flipped_P = -nn.functional.logsigmoid(margin_P), -nn.functional.logsigmoid(-margin_P)
+    # With flip probability e the observed loss of a pair is (1 - e) s(m) + e s(-m) in expectation; the combination below
+    # inverts that mixture.
     if kind == "robust":
         # Unbiased: its expectation over labels that are flipped with probability e is the loss of the true labels. It may be
         # negative.
@@ -152,6 +157,7 @@ def total(pairs: Pairs, loss_P: Tensor, config: PairLossConfig) -> Tensor:
     return loss_P + config.chosen_nll * pairs.chosen_nll_P if config.chosen_nll else loss_P
 
 
+# The denominator of IAV's penalties: KL and |a|^2 per response token.
 def mean_of_pairs(values_N: Tensor, tokens: Predicted) -> Tensor:
     """Return the mean over the response tokens of each pair, (P,)."""
     # Both responses of a pair together, token by token: a long response weighs more than a short one.

@@ -94,6 +94,7 @@ class RotatedLayer(nn.Module):
         if self.shared is not None:
             self.shared.forget()
 
+    # The loop tells this before each pass: autograd itself does not know that a step has several.
     def start_pass(self, is_last: bool) -> None:
         """Begin a forward and backward pass of a step; the step's gradients are complete after the last pass."""
         # A step of one pass: with several, W is used several times and is worth computing.
@@ -111,6 +112,7 @@ class RotatedLayer(nn.Module):
         return nn.functional.linear(x, matrix_MN, bias)  # type: ignore[arg-type]
 
     def _takes_rotated(self, x: Tensor) -> bool:
+        # T over all rows of the pass: the product x U costs T N^2 multiplications.
         num_tokens = x.numel() // x.shape[-1]
         fits = self.shared is not None and num_tokens < self.shared.num_outputs
         # Not in bfloat16: a basis rounded to 8 bits is not orthonormal any more.

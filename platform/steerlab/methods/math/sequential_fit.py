@@ -171,6 +171,7 @@ class _Walk:
             z_last[call.conditional] = mapped_BTD.reshape(z_last[call.conditional].shape)
             return taps.replaced(value, place.element, z_last.movedim(-1, axis))
 
+        # A pre-hook sees what the module would read, and its arguments may be named.
         if side == "input":
             return module.register_forward_pre_hook(
                 lambda _m, args, kwargs: taps.rewritten(args, kwargs, edit), with_kwargs=True
@@ -185,6 +186,8 @@ class _Walk:
         self._pooled[self._here.number] = token_masks.pool(axes.per_token(z_BTD, tuple(read_BT.shape)), read_BT, self._pooling)
         self._waiting[self._here.number] = place
         # Before the barrier, or the other batches could never arrive at it.
+        # Order of a place: pool, release the lock, wait at the barrier; the last to arrive fits while the others wait; then one
+        # after another takes the lock, maps its own batch and runs on to the next place.
         self._computing.release()
         try:
             self._barrier.wait()
@@ -192,6 +195,7 @@ class _Walk:
             # Also after an error: the `with` block of `run` releases the lock once more.
             self._computing.acquire()
         # None if `fit` left the place as it is.
+        # Read after the barrier, when `_meet` has stored it.
         fitted = self.maps.get(place)
         if len(self._order) == len(self._places):
             raise _Arrived  # the rest of the forward pass computes nothing that a fit reads

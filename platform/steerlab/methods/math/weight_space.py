@@ -62,7 +62,9 @@ class SelectedLayers(Frozen, extra="ignore"):
 class Masks(Frozen, extra="ignore"):
     """Parameters of the stage that computes the masks."""
 
+    # A sweep over it makes new masks, from the same scores.
     keep_ratio: float
+    # By the mask alone: bases and importances do not depend on it, and serve both scopes.
     scope: Literal["module", "global"]
     # Shapes stand among the parameters, since the stage reads no model and its key must still tell two models apart.
     places: dict[str, tuple[tuple[int, int], tuple[tuple[int, int], ...] | None]]
@@ -133,6 +135,7 @@ def gradient_sums(
     of_gradient: Coefficients, role: str, model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]
 ) -> GradientSums:
     """Return sums, at zero, of a function of the gradients of the selected layers over batches of the rows of a role."""
+    # The same function that the control of magnitudes uses: both rank coefficients in one basis.
     basis, chosen = _basis_and_places(model, params, needed)
 
     def of(place: WeightPlace, grad_MN: Tensor) -> Tensor:
@@ -181,6 +184,7 @@ def mask(source: Source, part: str, path: Path) -> dict[str, object]:
     )
     # From the parameters and not from a model: masks are made without one, on any worker.
     sizes = {name: shape for name, (shape, _) in params.places.items()}
+    # (M,) bool for each layer.
     outputs = {name: _selected_outputs(shape[0], spans) for name, (shape, spans) in params.places.items()}
 
     def scores(names: list[str], of: Parts | None) -> Iterator[Tensor]:

@@ -32,6 +32,7 @@ def declare_basis(config: Config, chosen: list[WeightPlace], prepare: Prepare) -
         # Needs no moments, and so no safety rows.
         return prepare.map_parts("basis", 1, params, tuple(sizes), weight_space.random_basis, estimate=estimate)
     # The inputs of the layers on every chosen token: their uncentred second moment is C of step 1, up to the count.
+    # Padding is never among them: the selection of tokens leaves it out.
     phases = {"all": ("prompt", "generation"), "prompt": ("prompt",), "response": ("generation",)}[config.basis_tokens]
     select = Selection(modules="|".join(re.escape(name) for name in sizes), side="input", phases=phases)
     limits = {"max_tokens": config.max_tokens, "rows_per_shard": config.rows_per_shard}
