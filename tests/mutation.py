@@ -61,7 +61,7 @@ PARTS = {
             "unit/test_evaluation_metrics.py", "unit/test_tasks.py", "unit/test_evaluation_steering.py",
             "unit/test_comparison.py", "unit/test_report.py", "unit/test_report_tokens.py", "unit/test_generations.py",
             "unit/test_evaluation_seeds.py", "unit/test_graded_tasks.py", "unit/test_judging.py",
-            "unit/test_evaluation_token_effect.py",
+            "unit/test_evaluation_token_effect.py", "unit/test_statistics_files.py",
         ),
     ),
     "methods": Part(("methods/*.py",), ("methods", "unit/test_keys.py", "unit/test_options.py")),
@@ -77,7 +77,7 @@ PARTS = {
         ("storage/*.py",),
         (
             "unit/test_store.py", "unit/test_plan.py", "unit/test_tensorfile.py", "unit/test_strangers.py",
-            "unit/test_claims.py", "unit/test_two_users.py", "unit/test_housekeeping.py", "unit/test_waits.py",
+            "unit/test_storage_parts.py", "unit/test_claims.py", "unit/test_two_users.py", "unit/test_housekeeping.py", "unit/test_waits.py",
             "faults/test_damage.py",
         ),
     ),
