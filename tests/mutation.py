@@ -77,8 +77,8 @@ PARTS = {
         ("storage/*.py",),
         (
             "unit/test_store.py", "unit/test_plan.py", "unit/test_tensorfile.py", "unit/test_strangers.py",
-            "unit/test_storage_parts.py", "unit/test_claims.py", "unit/test_two_users.py", "unit/test_housekeeping.py", "unit/test_waits.py",
-            "faults/test_damage.py",
+            "unit/test_storage_parts.py", "unit/test_claims.py", "unit/test_two_users.py", "unit/test_housekeeping.py",
+            "unit/test_waits.py", "faults/test_damage.py",
         ),
     ),
     "report": Part(

@@ -150,9 +150,9 @@ def test_fits_on_one_extraction_and_a_stack_of_two(cluster: None, store: Store, 
     assert loaded.token_log_probs(prompt, strength=1.0)[0].log_prob != pytest.approx(one, abs=1e-3)
 
 
-def test_a_fit_of_what_says_nothing_fails_with_the_reason(cluster: None, store: Store, tmp_path: Path) -> None:
+def test_a_fit_of_what_says_nothing_is_refused_with_the_reason(cluster: None, store: Store, tmp_path: Path) -> None:
     data = {**DATA, "target": {**DATA["target"], "equals": {"label": "sea"}, "limit": None, "offset": 10**6}}  # type: ignore[dict-item]
-    with pytest.raises(plan.StageError, match=r"stage extract \(target: tiny:topics/train\) failed: .*no rows are left"):
+    with pytest.raises(ValueError, match=r"tiny:topics/train: no rows are left; .*offset is 1000000"):
         do(store, {**LINEAS, "method": {"name": "aura"}, "train": None, "data": data}, tmp_path)
 
 

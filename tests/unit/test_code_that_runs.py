@@ -54,7 +54,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "subprocess.run": "apt-get download and dpkg-deb -x of a name that a pattern allows; no script of the package runs",
     },
     "platform/steerlab/run/upload.py": {"subprocess.run": "git, with arguments that stand in the file"},
-    "platform/steerlab/tracking/__init__.py": {"subprocess.Popen": "this package's own writer of W&B runs"},
+    "platform/steerlab/tracking/writer_process.py": {"subprocess.Popen": "this package's own writer of W&B runs"},
     "platform/steerlab/tracking/wandb_client/sweep_page.py": {"subprocess.run": "this package's own helper of W&B sweeps"},
     "platform/steerlab/tracking/writer.py": {"subprocess.Popen": "this package's own writer of W&B runs"},
     "platform/steerlab/training/safe_loading.py": {

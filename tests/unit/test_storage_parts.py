@@ -1,4 +1,4 @@
-"""Small parts of the storage: references to artifacts, their manifests, chains of models, files of tensors, stores by scheme."""
+"""Small parts of the storage: references to artifacts, manifests, chains of models, files of tensors, stores by scheme."""
 
 from __future__ import annotations
 

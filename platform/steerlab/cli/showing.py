@@ -53,7 +53,7 @@ def _facts(store: Store, below: str) -> dict[str, Any]:
 
     if "job.yaml" not in store.list(below):
         raise ValueError(f"{store.where(below)} is no run folder (ROOT/runs/NAME/ID)")
-    facts: dict[str, Any] = {"folder": store.where(below), "job": folders.job(store, below)}
+    facts: dict[str, object] = {"folder": store.where(below), "job": folders.job(store, below)}
     facts["environment"] = folders.environment(store, below)
     # A run that failed, or still runs, has neither.
     files = store.list(below)

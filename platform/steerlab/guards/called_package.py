@@ -14,7 +14,7 @@ class CalledPackage(ModuleType):
     checker sees the functions in `steerlab.interactive`.
     """
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
+    def __call__(self, *arguments: object, **options: object) -> Any:
         """Call the function."""
         # Imported by its name: the interface is the highest layer, and this file belongs to the lowest.
         interface = importlib.import_module("steerlab.interactive")

@@ -152,7 +152,7 @@ class Prompter:
         Raises:
             ValueError: an image does not have the size that the model draws; with `skip_bad` such rows are left out.
         """
-        drawings: Any = []
+        drawings = []
         numbers = []
         for number, row in enumerate(rows):
             try:

@@ -11,7 +11,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jinja2
 
@@ -73,7 +73,7 @@ def _product_in(source: str) -> str | None:
     return None
 
 
-def apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], **settings: Any) -> object:
+def apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], **settings: object) -> object:
     """Call `apply_chat_template` within limits of time, memory and length.
 
     Raises:

@@ -34,7 +34,7 @@ _WHERE = Path("fit")
 
 
 def fit(
-    method: str | Mapping[str, Any],
+    method: str | Mapping[str, object],
     model: Model | str | Path,
     *,
     source: Rows | None = None,
@@ -44,12 +44,12 @@ def fit(
     safety: Rows | None = None,
     data: Mapping[str, Rows] | None = None,
     modules: str | list[str] | None = None,
-    extract: Mapping[str, Any] | None = None,
-    training: Mapping[str, Any] | None = None,
+    extract: Mapping[str, object] | None = None,
+    training: Mapping[str, object] | None = None,
     gpu: bool = True,
     threads: int | None = None,
     progress: bool = False,
-    **settings: Any,
+    **settings: object,
 ) -> Patch:
     """Fit or train a method, as the job with the same settings does, to the same bits.
 

@@ -82,7 +82,7 @@ def _row(row: object, role: str, number: int) -> JsonObject:
     )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """Return a value of a table as JSON has it."""
     if isinstance(value, np.generic):
         return _plain(value.item())

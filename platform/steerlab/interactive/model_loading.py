@@ -28,7 +28,7 @@ def load(
     inverse: bool = False,
     sampler: Mapping[str, object] | None = None,
     trust_remote_code: bool = False,
-    **options: Any,
+    **options: object,
 ) -> Model:
     """Load a model, with its patches where it has some.
 

@@ -207,7 +207,7 @@ class Model:
         finally:
             reader.close()
         schema = part_writing.schema(widths, config.dtype, tokens == "all", about)
-        rows: list[dict[str, Any]] = [{"text": t} if isinstance(t, str) else {"messages": t} for t in texts]
+        rows: list[dict[str, object]] = [{"text": t} if isinstance(t, str) else {"messages": t} for t in texts]
         return Activations(vectors.values, extract.table(vectors, rows, "", schema))
 
     def _encoded(self, reader: reading.TextReader, text: Prompt, number: int, max_tokens: int) -> Encoded:

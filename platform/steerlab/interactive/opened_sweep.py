@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from steerlab import report as reports
 from steerlab.cli.opening import opened_store, split
@@ -38,9 +38,9 @@ class Sweep:
         return reports.read_sweep(self.store, self.below)
 
     @property
-    def best(self) -> Mapping[str, Any] | None:
+    def best(self) -> Mapping[str, object] | None:
         """The best trial: `params`, `value`, `low`, `high`, `runs`; None where there is none (yet)."""
-        best: Mapping[str, Any] | None = self.read.summary.get("best")
+        best: Mapping[str, object] | None = self.read.summary.get("best")
         return best
 
     def to_frame(self) -> pd.DataFrame:

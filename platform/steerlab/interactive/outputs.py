@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 from torch import Tensor
 
@@ -180,7 +180,7 @@ class Activations(Mapping[str, Tensor]):
         return f"Activations({shapes}{', ...' if len(self) > 4 else ''})"
 
     def _repr_html_(self) -> str:
-        body: list[list[Any]] = [
+        body: list[list[object]] = [
             [name, f"{len(z)} x {z.shape[1]}", f"{float(z.norm(dim=1).mean()):.3g}"] for name, z in self.items()
         ]
         return html_table(["module", "vectors x width", "mean norm"], body)

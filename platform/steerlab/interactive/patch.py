@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from steerlab import patches
 from steerlab.guards import saved
+from steerlab.guards.json_values import JsonObject
 from steerlab.interactive.model_origin import Origin
 from steerlab.interactive.opened_model import Model
 from steerlab.interactive.outputs import html_table
@@ -39,7 +40,7 @@ class Patch:
     """The artifact: `patch/`, `prompt.json`, and `model/` where the method trained the model's own weights."""
     origin: Origin
     """The model that the method started from."""
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     """The method and its settings; empty if unknown."""
     below: tuple[patches.SavedPatch, ...] = ()
     """Patches that acted on the model when this one was made, besides those that it was loaded with."""
@@ -184,7 +185,7 @@ def load_patch(directory: str | Path, model: Model) -> Patch:
     path = Path(directory)
     if not patches.exists(path / "patch"):
         raise ValueError(f"{path} holds no patch (patch/patch.json): name a folder that Patch.save wrote, or an artifact")
-    config = saved.read(path / _METHOD, dict[str, Any]) if (path / _METHOD).is_file() else {}
+    config = saved.read(path / _METHOD, JsonObject) if (path / _METHOD).is_file() else {}
     patch = Patch(path, model.origin, config)
     if not patch.has_weights:
         patch.on(model)

@@ -7,12 +7,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from steerlab import run as runs
 from steerlab.cli.opening import joined_ray, opened_store
 from steerlab.cli.running import progress as bars
-from steerlab.guards.json_values import JsonObject
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.interactive.opened_run import Run
 from steerlab.job import JobError, put, read_tree, validate
 from steerlab.run import capacity
@@ -24,9 +23,9 @@ _WHERE = Path("job")
 
 
 def run(
-    job: str | Path | Mapping[str, Any],
+    job: str | Path | Mapping[str, Json],
     *,
-    set: Mapping[str, Any] | None = None,
+    set: Mapping[str, Json] | None = None,
     root: str | None = None,
     ray: bool | None = None,
     progress: bool = False,

@@ -69,7 +69,7 @@ class Table(Generic[E]):
             raise JobError(f"{config[PACKAGE]} brings the {self.what} {config[self.tag]}, and is not installed here")
         return entry
 
-    def config(self, described: Mapping[str, Any]) -> Frozen:
+    def config(self, described: Mapping[str, object]) -> Frozen:
         """Return the config that a stage's parameters describe, as an object of its entry's class."""
         return self.of(described).Config.model_validate(described)
 
@@ -173,7 +173,7 @@ class _OneOf(Choices):
 
     def __get_pydantic_core_schema__(self, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Validate by the config class of the entry that the tag names; no other entry is imported."""
-        choices: dict[Any, CoreSchema] = {
+        choices: dict[object, CoreSchema] = {
             name: core_schema.no_info_plain_validator_function(partial(self._validated, name)) for name in self._table.entries
         }
         # By the type of the value: pydantic would serialize by the declared type, and drop the fields of a config.

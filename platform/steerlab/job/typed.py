@@ -18,7 +18,7 @@ class JobError(ValueError):
     """A job, or a value in it, is wrong; the message says what, where, and what would be right."""
 
 
-def _strict(schema: Any, whole: bool = True) -> Any:
+def _strict(schema: object, whole: bool = True) -> Any:
     """Return a core schema of pydantic with strict numbers and booleans; with `whole`, 1e3 is accepted as an integer."""
     if isinstance(schema, list | tuple):
         return type(schema)(_strict(item, whole) for item in schema)

@@ -21,7 +21,7 @@ Axes besides those of tokens.py: N source and M target texts, K matched pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -61,6 +61,9 @@ class Config(SequentialConfig):
         if self.support is not None and not 0 <= self.support[0] < self.support[1] <= 1:
             raise ValueError(f"support {list(self.support)}: give two quantiles, 0 <= low < high <= 1")
         return self
+
+
+C = TypeVar("C", bound=Config)
 
 
 class MeanConfig(Config):
@@ -225,10 +228,10 @@ def within_support(fitted: AffineMap, source_ND: Tensor, support: tuple[float, f
     return fitted._replace(low_D=low_D.float(), high_D=high_D.float())
 
 
-def _method(kind: type[Config], closed_form: Callable[[Any, Tensor, Tensor], AffineMap]) -> Fitted:
+def _method(kind: type[C], closed_form: Callable[[C, Tensor, Tensor], AffineMap]) -> Fitted:
     """Return the method of a closed form (config, source, target) -> map, with the optional bounds of `support`."""
 
-    def fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
+    def fit(config: C, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
         return everywhere(lambda a, b: within_support(closed_form(config, a, b), a, config.support), source, target)
 
     # lambda from 0 to 1 as in the paper; beyond 1 the mixture T_s overshoots the target's distribution.

@@ -92,7 +92,7 @@ def load_model(
         settings = SamplerConfig.model_validate(sampler or {})
         denoiser = None if settings.denoiser is None else sources.fetch(settings.denoiser)
         return saved_pipelines.load(directory, settings, dtype=dtype, seed=seed, denoiser=denoiser)
-    kwargs: dict[str, Any] = {
+    kwargs: dict[str, object] = {
         "dtype": DTYPES[dtype],
         "attn_implementation": architecture.attention_of(directory, attention, trust_remote_code),
         "trust_remote_code": trust_remote_code,

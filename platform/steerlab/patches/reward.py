@@ -92,7 +92,7 @@ class RewardPatch(nn.Module):
         ]
 
     def _scored(
-        self, logits_BTV: Tensor, rewards: models.PrefixRewards, read: tuple[Any, Tensor], forward: Forward, number: int
+        self, logits_BTV: Tensor, rewards: models.PrefixRewards, read: tuple[object, Tensor], forward: Forward, number: int
     ) -> Tensor:
         cache, mask_BT = read
         row_Q, column_Q = _places(logits_BTV, mask_BT, forward.only)

@@ -92,7 +92,7 @@ class SecondModelPatch(nn.Module):
         """Return the second model's weights; tied weights are in it once."""
         return dict(self.named_parameters())
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False) -> Any:
         """Load weights, of which tied ones may be in the state dict once."""
         # `nn.Module.load_state_dict` wants an entry for every name: those of tied weights get the present value.
         once = {name for name, _ in self.named_parameters()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class WeightPatch(nn.Module):
             # A copy: subtracting the difference again would not give back the same bits. Patches of the stack may share it.
             if name not in forward.weights:
                 forward.weights[name] = SharedWeight(weight.detach().clone())
-        state: dict[str, Any] = {"strength": 0.0}
+        state: dict[str, object] = {"strength": 0.0}
 
         def write(strength: float) -> None:
             # Writing all weights costs a pass over the model's memory: only when the strength changes.

@@ -91,7 +91,7 @@ def _by_setting(sweep: Sweep, parameter: str, points: _Points) -> list[tuple[str
         (values of the other parameters, points); with too many settings or only one, all points under None.
     """
     others = [name for name in sweep.varied if name != parameter]
-    groups: dict[str, list[tuple[Any, MetricNumbers, Document]]] = {}
+    groups: dict[str, list[tuple[object, MetricNumbers, Document]]] = {}
     for point in points:
         values = [point[2].get(f"param.{name}") for name in others]
         groups.setdefault(", ".join(_ending(value) for value in values), []).append(point)

@@ -114,7 +114,7 @@ def _numbers(store: Store, folder: str, strength: float) -> str:
     return "\n".join(["## Numbers", "", lines[0], f"|{'---|' * len(titles)}", *lines[1:]])
 
 
-def _number(metric: Mapping[str, Any] | None) -> str:
+def _number(metric: Mapping[str, object] | None) -> str:
     if metric is None or metric.get("value") is None:
         return "-"
     error = metric.get("stderr")
@@ -134,7 +134,7 @@ def _origin(store: Store, folder: str) -> str:
     )
 
 
-def _shared(value: Any) -> Any:
+def _shared(value: object) -> Any:
     """Return a value of a job without secrets, and without the folders of paths, which are nobody else's business."""
     if isinstance(value, dict):
         return {name: _shared(item) for name, item in value.items() if item is not None}

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator
 
@@ -33,7 +33,7 @@ from steerlab.storage.whole import written_whole
 _LIBRARIES = ("torch", "transformers", "tokenizers", "diffusers", "datasets", "pydantic", "numpy")
 
 
-def _of_fields(kind: type[Any]) -> BeforeValidator:
+def _of_fields(kind: type[object]) -> BeforeValidator:
     """Return an annotation that makes an object of a dataclass from its fields, which strict types would refuse."""
     return BeforeValidator(lambda value: kind(**value) if isinstance(value, dict) else value)
 

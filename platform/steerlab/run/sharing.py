@@ -58,7 +58,7 @@ def _read_on(nodes: list[str], path: str) -> dict[str, str]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # On a node and nowhere else; without a CPU, of which a node may have none free or, for a head node, none at all.
-    task: Any = ray.remote(num_cpus=0, max_retries=0)(read)
+    task = ray.remote(num_cpus=0, max_retries=0)(read)
     asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path): node for node in nodes
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -115,7 +115,7 @@ def judge(
     written: Sequence[Written],
     *,
     output: Path | None = None,
-    device: Any = "cpu",
+    device: str = "cpu",
     store: Store | None = None,
 ) -> Judged:
     """Judge texts with the scorer of a task, and write the verdicts and the metrics.

@@ -11,7 +11,7 @@ Messages keep their own turns. Only an exchange of one user message with a data 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -171,7 +171,7 @@ class Completion(_Generation):
 def _message(turn: _Turn, response_role: int) -> Message:
     # Outputs of tools are data whatever they say; `PromptStyle.from_row` does the same.
     role = {"assistant": response_role, "tool": DATA}.get(turn.role, INSTRUCTION)
-    speaker: Any = "system" if turn.role == "developer" else turn.role
+    speaker = "system" if turn.role == "developer" else turn.role
     parts = tuple(Part(checked(part.text), DATA if part.type == "data" else role) for part in turn.parts)
     return Message(speaker, parts or (Part("", role),))
 

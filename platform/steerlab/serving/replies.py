@@ -7,8 +7,8 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from steerlab.guards.json_values import JsonObject
 from steerlab.serving.asked import RefusedError
 from steerlab.serving.served_rows import Row
 from steerlab.steered.language import SteeredModel
@@ -78,18 +78,18 @@ class Answer:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _head(self, kind: str) -> JsonObject:
         name = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.id}"
         # `strength` beside OpenAI's fields, so that a log of answers says at which one they were made.
         return {"id": name, "object": kind, "created": self.created, "model": self.model, "strength": self.strength}
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> JsonObject:
         """Return the numbers of tokens; a prompt that several choices share counts once."""
         read = sum(len(prompt) for prompt in {id(text.row.prompt): text.row.prompt for text in self.texts}.values())
         written = sum(text.num_tokens for text in self.texts)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> JsonObject:
         """Return the answer, after its last token."""
         choices = []
         for text in self.texts:
@@ -98,30 +98,30 @@ class Answer:
         head = self._head("chat.completion" if self.is_chat else "text_completion")
         return {**head, "choices": choices, "usage": self.usage()}
 
-    def chunk(self, text: Text, new: str, *, first: bool = False, last: bool = False) -> dict[str, Any]:
+    def chunk(self, text: Text, new: str, *, first: bool = False, last: bool = False) -> JsonObject:
         """Return a part of a stream: what one choice has got since the last one."""
         reason = text.reason if last else None
         if self.is_chat:
-            delta: dict[str, Any] = {} if last and not new else {"content": new}
-            said: dict[str, Any] = {"delta": {"role": "assistant", **delta} if first else delta}
+            delta: JsonObject = {} if last and not new else {"content": new}
+            said: JsonObject = {"delta": {"role": "assistant", **delta} if first else delta}
         else:
             said = {"text": new}
         head = self._head("chat.completion.chunk" if self.is_chat else "text_completion")
         return {**head, "choices": [{"index": text.index, **said, "logprobs": None, "finish_reason": reason}]}
 
-    def last_chunk(self) -> dict[str, Any]:
+    def last_chunk(self) -> JsonObject:
         """Return the part of a stream that says how many tokens there were."""
         head = self._head("chat.completion.chunk" if self.is_chat else "text_completion")
         return {**head, "choices": [], "usage": self.usage()}
 
 
-def event(content: dict[str, Any] | str) -> bytes:
+def event(content: JsonObject | str) -> bytes:
     """Return one event of a stream."""
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     return f"data: {text}\n\n".encode()
 
 
-def error(refusal: RefusedError) -> dict[str, Any]:
+def error(refusal: RefusedError) -> JsonObject:
     """Return the body of a refusal."""
     kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
         refusal.status, "invalid_request_error" if refusal.status < 500 else "server_error"

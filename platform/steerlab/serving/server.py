@@ -14,10 +14,10 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from aiohttp import web
 
+from steerlab.guards.json_values import JsonObject
 from steerlab.serving import asked, replies
 from steerlab.serving.asked import Chat, Completion, RefusedError
 from steerlab.serving.batches import Batches, Ticket
@@ -133,7 +133,7 @@ async def _model(request: web.Request) -> web.Response:
     return web.json_response(_described(name))
 
 
-def _described(name: str) -> dict[str, Any]:
+def _described(name: str) -> JsonObject:
     return {"id": name, "object": "model", "created": 0, "owned_by": "steerlab"}
 
 

@@ -120,7 +120,7 @@ def _change(codes: tuple[Code, ...], given: Given, part: str, path: Path) -> dic
     own_code.receive(codes)
     params = Params.model_validate(given.params)
     method = edited(params.method)
-    config: Any = method.Config.model_validate(params.method)
+    config = method.Config.model_validate(params.method)
     after, encoder, fingerprint = _merged(given.needed[AFTER], params)
     before, _, _ = _merged(given.needed.get(BEFORE) or _fetched(params.before), params)
     unaligned = None

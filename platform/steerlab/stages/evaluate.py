@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from steerlab.data import sources
 from steerlab.evaluation import TABLE
@@ -175,7 +174,7 @@ def _evaluate(
         model.progress = lambda done, total: None
 
 
-def _outcome(model: Any, config: JsonObject) -> stored.Outcome:
+def _outcome(model: object, config: JsonObject) -> stored.Outcome:
     """Run one task with each of its seeds and summarise its observations for each strength."""
     # Imported here, in the process that evaluates: a driver that only makes the plan does not need it.
     from steerlab.evaluation.statistics import seeds

@@ -85,7 +85,7 @@ def _fold(
     strength: float,
     expected: Sequence[Tensor],
     effect: float,
-    loading: Mapping[str, Any],
+    loading: Mapping[str, object],
 ) -> str | None:
     """Write a model whose weights hold its patches; return why that failed, or None if it gives the outputs of `expected`."""
     bound = min(loaded.tolerance, _SHARE * effect) if loaded.patches else loaded.tolerance

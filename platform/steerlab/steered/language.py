@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -280,7 +280,7 @@ class SteeredModel(Steered):
     @property
     def end_ids(self) -> set[int]:
         """Ids of the tokens that end a text: those of the model's generation config, and the end of a turn."""
-        ids: Any = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ids = self.model.generation_config.eos_token_id if self.model.generation_config else None
         listed = ids if isinstance(ids, list) else [ids]
         return {int(i) for i in listed if i is not None} | self.encoder.end_ids
 

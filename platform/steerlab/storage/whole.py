@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import xxhash
 
@@ -62,14 +62,14 @@ def xxh3(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def json_sum(content: Mapping[str, Any]) -> str:
+def json_sum(content: Mapping[str, object]) -> str:
     """Return the XXH3 sum of a JSON object without its key "xxh3", under which the sum itself is written."""
     # Of the values and not of the text: a file that was only formatted in another way is not damaged.
     rest = {name: value for name, value in content.items() if name != "xxh3"}
     return xxhash.xxh3_128(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def is_intact(content: Mapping[str, Any]) -> bool:
+def is_intact(content: Mapping[str, object]) -> bool:
     """Return whether a JSON object has the sum with which it was written; one of schema 1 has none."""
     # One changed byte cannot both hide the sum and make the object one of schema 1.
     if "xxh3" not in content and content.get("schema") == 1:

@@ -52,7 +52,7 @@ class Recorder(Protocol):
         ...
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
+def flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
     """Yield the scalars of a config by their paths, `method.angle_rad`; lists become texts, what is null is left out."""
     for name, value in config.items():
         path = f"{prefix}{name}"
@@ -127,7 +127,7 @@ class _Events:
         self._file = files.appending(folder / f"events.out.tfevents.{time.time_ns()}.{uuid.uuid4().hex[:8]}")
         self._record(_event(wall_time=time.time(), file_version="brain.Event:2"))
 
-    def write(self, content: Any, step: int) -> None:
+    def write(self, content: object, step: int) -> None:
         """Append a summary of a step."""
         self._record(_event(wall_time=time.time(), step=step, summary=content))
 

@@ -8,7 +8,7 @@ not fit into the model's context. And every task reports, in addition to its own
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -41,7 +41,7 @@ def answers(model: SteeredModel, prompts: Iterable[Conversation], config: TaskCo
         (strength, continuations in the order of the prompts), one for each strength. A prompt that does not fit into the
         model's context has an empty continuation that is marked as too long; pass its observations through `judged`.
     """
-    fields: Any = {name: getattr(config, name) for name in _OPTIONS if name in type(config).model_fields}
+    fields = {name: getattr(config, name) for name in _OPTIONS if name in type(config).model_fields}
     # One call for all strengths: rows of different strengths share batches, and the prompts are tokenised once.
     outputs = model.generate(list(prompts), strengths=config.strengths, skip_long=True, **fields)
     return list(zip(config.strengths, outputs, strict=True))

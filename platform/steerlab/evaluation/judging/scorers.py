@@ -272,7 +272,7 @@ def _embedder(source: str, device: torch.device | str) -> Callable[[Sequence[str
     directory = check_model(source)
     tokenizer = models.named.load_tokenizer(directory)
     # The pooler (a head over the first token) is not used here, and checkpoints often lack its weights.
-    model: Any = models.named.load(directory, AutoModel, optional=("pooler.",)).to(device)  # type: ignore[arg-type]
+    model = models.named.load(directory, AutoModel, optional=("pooler.",)).to(device)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def embed(texts: Sequence[str]) -> Tensor:

@@ -202,7 +202,7 @@ def embed(source: str, images_NCHW: Tensor, device: torch.device) -> Tensor:
     if models.named.read_config(directory).model_type == "clip":
         return Clip(source, device).images(images_NCHW)
     processor = models.named.load_processor(directory, AutoImageProcessor)
-    model: Any = models.named.load(directory, AutoModel).to(device)  # type: ignore[arg-type]
+    model = models.named.load(directory, AutoModel).to(device)  # type: ignore[arg-type]
     with torch.inference_mode():
         parts = [
             model(**processor(images=_pictures(part), return_tensors="pt").to(device)) for part in images_NCHW.split(_BATCH)

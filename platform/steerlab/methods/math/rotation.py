@@ -80,7 +80,7 @@ class RotatedLayer(nn.Module):
         """Sum of dL/dW over the passes of the running step, before the last one."""
         self._begun = self._is_alone = False
         self._is_last = True
-        bias: Any = linear.bias
+        bias = linear.bias
         # The plain weight is neither trained nor saved: the module stays in the model, but computes with this layer's matrix.
         del linear._parameters["weight"]
         # `forward`, and not another module in its place: module paths stay, and `__call__` still runs the hooks of patches.

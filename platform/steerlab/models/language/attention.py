@@ -32,7 +32,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def attention_weights(model: PreTrainedModel, outputs: Any) -> list[Tensor]:
+def attention_weights(model: PreTrainedModel, outputs: object) -> list[Tensor]:
     """Return the weights of each decoder layer, (B, H, T, T), from the outputs of a call with `output_attentions`.
 
     Raises:

@@ -34,19 +34,19 @@ def keep_rows(cache: Any, rows: Tensor) -> None:
     cache.batch_select_indices(rows)
 
 
-def drop_columns(cache: Any, num: int) -> None:
+def drop_columns(cache: object, num: int) -> None:
     """Drop the first columns, which must be padding in every row, of a cache that `keeps_columns`."""
     for layer in _filled(cache):
         layer.keys, layer.values = layer.keys[..., num:, :], layer.values[..., num:, :]
 
 
-def join(cache: Any, other: Any) -> None:
+def join(cache: object, other: object) -> None:
     """Append the rows of another cache; the shorter of the two is padded on the left. Both must `keep_columns`."""
     for layer, more in zip(_filled(cache), _filled(other), strict=True):
         layer.keys, layer.values = (_joined(a, b) for a, b in ((layer.keys, more.keys), (layer.values, more.values)))
 
 
-def num_bytes(cache: Any) -> int:
+def num_bytes(cache: object) -> int:
     """Return the memory of a cache's keys and values, in bytes."""
     return sum(x.numel() * x.element_size() for layer in _filled(cache) for x in (layer.keys, layer.values))
 

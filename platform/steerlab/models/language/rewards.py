@@ -34,7 +34,7 @@ def check_reward_model(directory: Path) -> int:
     """
     from transformers import AutoModelForSequenceClassification
 
-    config: Any = named.check(directory, AutoModelForSequenceClassification)
+    config = named.check(directory, AutoModelForSequenceClassification)
     if config.num_labels != 1:
         raise ValueError(f"{directory} has {config.num_labels} classes; a reward model has one output (num_labels 1)")
     _check_cache(config, directory.name)
@@ -108,7 +108,7 @@ class PrefixRewards:
         return int(self.backbone.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
 
     @torch.no_grad()
-    def read(self, inputs: dict[str, Tensor], cache: Any = None) -> Any:
+    def read(self, inputs: dict[str, Tensor], cache: object = None) -> Any:
         """Read tokens, (B, T), after those of a cache, and return the cache with them; None makes a new one."""
         from transformers import DynamicCache
 
@@ -118,7 +118,7 @@ class PrefixRewards:
         return cache
 
     @torch.no_grad()
-    def of(self, candidates_BCK: Tensor, columns_C: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
+    def of(self, candidates_BCK: Tensor, columns_C: Tensor, mask_BT: Tensor, cache: object) -> Tensor:
         """Return the rewards of candidates that follow the text up to a column, (B, C, K); the cache is left as it was.
 
         Args:

@@ -67,7 +67,7 @@ def _checked(directory: Path, files: tuple[tuple[str, int, int], ...], trust_rem
     return tuple(sorted(loading["unexpected_keys"]))
 
 
-def load(directory: Path, kwargs: Mapping[str, Any]) -> PreTrainedModel:
+def load(directory: Path, kwargs: Mapping[str, object]) -> PreTrainedModel:
     """Load a checkpoint with the keyword arguments of `from_pretrained`. Raises ValueError if it is not complete."""
     return _read(directory, kwargs)[0]
 

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -138,7 +138,7 @@ def _factors(
     """Return one layer's change as a product (up, down), in the layout in which the model stores the weight."""
     where = f"{directory / TENSORS}: {name:.120}"
     try:
-        module: Any = model.get_submodule(name)
+        module = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{where} is no module of {type(model).__name__}: the adapter is for another model") from None
     if not isinstance(module, torch.nn.Linear) and not models.stores_transposed(module):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, TypeVarTuple
+from typing import TypeVar, TypeVarTuple
 
 _R = TypeVar("_R")
 _A = TypeVarTuple("_A")
@@ -26,7 +26,7 @@ class Here:
 
     gpu: bool
     """Whether stages may use this machine's GPU."""
-    models: Mapping[str, Any] = field(default_factory=dict)
+    models: Mapping[str, object] = field(default_factory=dict)
     """Models that are loaded already, by source: stages that read such a model take it instead of loading it again."""
     start: Path | None = None
     """Folder of the model and patches from which a training starts; None for the model that the stage names."""
@@ -44,7 +44,7 @@ def here() -> Here | None:
 
 
 @contextmanager
-def stages(*, gpu: bool = True, models: Mapping[str, Any] | None = None, start: Path | None = None) -> Iterator[None]:
+def stages(*, gpu: bool = True, models: Mapping[str, object] | None = None, start: Path | None = None) -> Iterator[None]:
     """Let the stages of the block run in this process.
 
     Args:

@@ -26,7 +26,7 @@ only, and they would wait for ever.
 """
 
 
-def task(function: Callable[..., Any], resources: Mapping[str, float]) -> Any:
+def task(function: Callable[..., object], resources: Mapping[str, float]) -> Any:
     """Return a function as a Ray task that reserves CPUs and GPUs; with a GPU its process ends after one call."""
     # Ray (2.60) sets `max_calls` itself only for GPUs of the decorator, not for those of `options`. A process that stayed would
     # hold memory on its GPU, and torch would keep computing there when Ray gives the process another one.

@@ -138,7 +138,7 @@ def identity(source: str) -> str:
     return sources.fingerprint(source) if sources.parse(source).kind == "path" else source
 
 
-def dumped(config: Frozen, **options: Any) -> JsonObject:
+def dumped(config: Frozen, **options: object) -> JsonObject:
     """Return a config, or a stage's parameters, as they are hashed; `options` are those of pydantic's `model_dump`."""
     return described(config, identity, **options)
 

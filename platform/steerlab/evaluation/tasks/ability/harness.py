@@ -225,7 +225,7 @@ def _by_metric(samples: Iterable[Logged]) -> dict[tuple[str, str], list[Logged]]
     return groups
 
 
-def _as_means(values: Sequence[Any], number: object) -> tuple[list[tuple[float, float]], Transform] | None:
+def _as_means(values: Sequence[object], number: object) -> tuple[list[tuple[float, float]], Transform] | None:
     """Return ([(value, weight)], transform) whose weighted mean is the harness's number; None if no candidate gives it."""
     if not isinstance(number, int | float):
         return None

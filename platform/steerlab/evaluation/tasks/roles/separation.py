@@ -242,7 +242,7 @@ def _splitter(rows: Sequence[Row], val_task_ids: Sequence[int]) -> Callable[[Row
     return lambda row: _task_id(row) in chosen
 
 
-def _task_id(row: Mapping[str, Any]) -> int:
+def _task_id(row: Mapping[str, object]) -> int:
     info = row["info"]
     task_id: Any = info.get("appended_task_id") if isinstance(info, Mapping) else None
     try:
