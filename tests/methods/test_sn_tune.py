@@ -168,3 +168,32 @@ def test_too_few_active_neurons_and_fused_layers_are_refused(tiny_model: PreTrai
         SnTune(tiny_model, wanted, Inputs(prepared={sn_tune.SAFETY: tmp_path}))
     with pytest.raises(ValueError, match=r"attn_q: GPT2LMHeadModel computes it in one layer with others"):
         sn_tune.prepares(wanted, family("gpt2"), Prepare())
+
+
+@pytest.mark.parametrize(
+    ("agreement", "queries", "least"),
+    [(1.0, 5, 5), (0.5, 5, 3), (0.5, 4, 2), (0.7, 10, 7), (0.1, 3, 1), (0.01, 5, 1), (0.34, 3, 2), (0.6, 5, 3), (1 / 3, 3, 1)],
+)
+def test_a_neuron_counts_if_at_least_the_share_of_the_queries_agrees(
+    agreement: float, queries: int, least: int, tmp_path: Path
+) -> None:
+    write(tmp_path / "part.safetensors", {"a": torch.arange(queries + 1.0)})
+    Parts.write_index(tmp_path, {"all": {"rows": queries}}, {"all": "part.safetensors"})
+    chosen = sn_tune.agreed(Parts.open(tmp_path), "a", agreement)
+    assert chosen.tolist() == [number >= least for number in range(queries + 1)]
+
+
+def test_neurons_that_never_fire_do_not_all_count(tiny_model: PreTrainedModel, encoder: Encoder) -> None:
+    """Their importances tie at 0: the share that was asked for is taken, and not all of them."""
+    with torch.no_grad():
+        for layer in neurons.blocks(tiny_model, ("all",)):
+            tiny_model.get_parameter(f"{layer['ffn_up'].module}.weight")[5:] = 0.0
+    counting = sn_tune.count(SteeredModel(tiny_model, encoder), {"active": 0.5, "target_layers": ["all"]}, {})
+    counting.add(collate([encoder.encode(encoder.conversation(str(SAFETY[0]["instruction"]), ""))], encoder.pad_id), 0)
+    counting.close()
+    counts = dict(counting.tensors())
+    for kind in neurons.TYPES:
+        of_kind = torch.cat([counts[layer[kind].module] for layer in neurons.blocks(tiny_model, ("all",))])
+        assert int(of_kind.sum()) == round(0.5 * len(of_kind))
+    for layer in neurons.blocks(tiny_model, ("all",)):
+        assert counts[layer["ffn_up"].module][:5].all(), "those that fire come first"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,18 @@ def test_rows_that_no_setting_reads_are_refused(tmp_path: Path) -> None:
     run.check(planned(tmp_path, {"utility": UTILITY}, spare_ratio=0.1))
     run.check(planned(tmp_path, {"safety": None, "basis": BASIS}, mask="magnitude"))
     run.check(planned(tmp_path, {"safety": {**WARP["data"]["safety"], "loss_on": "all"}}, importance_tokens="prompt"))
+
+
+def test_adapters_may_train_where_every_coefficient_is_frozen() -> None:
+    job_of = {
+        "name": "a", "model": {"source": "tiny:model"}, "train": {"steps": 1},
+        "data": {
+            "prompt_style": "plain", "train": {"source": "tiny:arithmetic/train", "limit": 8},
+            "safety": {"source": "tiny:refusals/train", "limit": 8, "loss_on": "response"},
+        },
+    }  # fmt: skip
+    frozen = {"name": "warp", "keep_ratio": 1, "layer_type": ["attn_q"]}
+    for more, refused in (({}, True), ({"lora": {"layer_type": ["ffn_up"]}}, False), ({"others": "train"}, False)):
+        read = job.validate({**job_of, "method": {**frozen, **more}}, JobType, Path("a.yaml"))
+        with pytest.raises(ValueError, match="nothing trains") if refused else nullcontext():
+            run.check(Plan.of(read))

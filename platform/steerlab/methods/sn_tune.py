@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -176,18 +177,19 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
     # The same function over other rows: a foundation neuron differs from a safety neuron in the queries alone.
     roles = {SAFETY: "safety", **({FOUNDATION: "utility"} if prepare.has("utility") else {})}
     for name, role in roles.items():
-        prepare.sum_over_rows(name, 1, role, params, count, estimate=estimate)
+        prepare.sum_over_rows(name, 2, role, params, count, estimate=estimate)
     return tuple(roles)
 
 
 # --- training ------------------------------------------------------------------------------------------------------------
 
 
-def found(counts: Parts, name: str, agreement: float) -> Tensor:
+def agreed(counts: Parts, name: str, agreement: float) -> Tensor:
     """Return the neurons of a layer that are active for at least the share `agreement` of the queries, (K,) bool."""
     num_queries = counts.facts["all"]["rows"]
     assert isinstance(num_queries, int)
-    return counts.tensor(name) >= agreement * num_queries - 0.5
+    # As the fraction that was written: 0.7 of 10 queries are 7, and 0.7 * 10 is 7.000000000000001 as a double.
+    return counts.tensor(name) >= math.ceil(Fraction(repr(agreement)) * num_queries)
 
 
 class SnTune(PatchAlone):
@@ -204,10 +206,10 @@ class SnTune(PatchAlone):
         for layer in blocks(model, config.target_layers):
             for kind in TYPES:
                 place = layer[kind]
-                chosen_K = found(safety, place.module, config.agreement)
+                chosen_K = agreed(safety, place.module, config.agreement)
                 if foundation is not None:
                     # RSN-Tune's set difference, neuron by neuron; both sets ask for the same agreement.
-                    chosen_K &= ~found(foundation, place.module, config.agreement)
+                    chosen_K &= ~agreed(foundation, place.module, config.agreement)
                 trains_K = chosen_K if config.train == "safety" else ~chosen_K
                 # Counted in neurons, not entries: what the message below is about.
                 num_trained += int(trains_K.sum())

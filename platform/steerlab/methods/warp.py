@@ -288,7 +288,7 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
     if config.others == "train" and job.model.dtype == "bfloat16":
         raise ValueError("method.others train: weights in bfloat16 would need float32 copies; set model.dtype: float32")
     # With spare_ratio some coefficients may be free even then.
-    if config.keep_ratio == 1 and config.others == "frozen" and not config.spare_ratio:
+    if config.keep_ratio == 1 and config.others == "frozen" and not config.spare_ratio and config.lora is None:
         raise ValueError("method.keep_ratio 1 freezes every coefficient, and method.others the other weights: nothing trains")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from steerlab import models
 from steerlab.guards.json_values import Json
 from steerlab.inputs.tokens import GENERATION, Batch
 from steerlab.job import Frozen
+from steerlab.methods.math import masks
 from steerlab.methods.math.selected_layers import places
 from steerlab.models import LayerType, WeightPlace
 from steerlab.steered.language import SteeredModel
@@ -133,12 +135,11 @@ class Neurons:
             for kind, of_layers in importance.items():
                 # Over all layers together: epsilon is one threshold for a type, so that layers that matter more have more
                 # active neurons.
-                whole = torch.cat(of_layers)
-                # At least one, or `topk(0)` would have no last value.
-                least = whole.topk(max(1, round(self._active * len(whole)))).values[-1]
-                for layer, one in zip(self._layers, of_layers, strict=True):
+                num = max(1, round(self._active * sum(map(len, of_layers))))
+                # Exactly so many: neurons that never fire tie at 0, and a threshold would take all of them.
+                for layer, active_K in zip(self._layers, masks.largest(partial(iter, of_layers), num), strict=True):
                     # 1 for each active neuron: sums of workers add up, whatever rows each of them has seen.
-                    self._counts[layer[kind].module] += (one >= least).float().cpu()
+                    self._counts[layer[kind].module] += active_K.float().cpu()
 
     def _importance(self, kind: LayerType, row: int, is_query_T: Tensor) -> list[Tensor]:
         # Row by row and without padding: the norms of eq. 9 sum over tokens, and padding has activations, too.
