@@ -186,13 +186,13 @@ def test_rows_that_no_setting_reads_are_refused(tmp_path: Path) -> None:
 
 def test_adapters_may_train_where_every_coefficient_is_frozen() -> None:
     job_of = {
-        "name": "a", "model": {"source": "tiny:model"}, "train": {"steps": 1},
+        "name": "a", "model": {"source": "tiny:model"}, "train": {"steps": 1, "max_tokens": 64},
         "data": {
             "prompt_style": "plain", "train": {"source": "tiny:arithmetic/train", "limit": 8},
             "safety": {"source": "tiny:refusals/train", "limit": 8, "loss_on": "response"},
         },
     }  # fmt: skip
-    frozen = {"name": "warp", "keep_ratio": 1, "layer_type": ["attn_q"]}
+    frozen = {"name": "warp", "keep_ratio": 1, "max_tokens": 64, "layer_type": ["attn_q"]}
     for more, refused in (({}, True), ({"lora": {"layer_type": ["ffn_up"]}}, False), ({"others": "train"}, False)):
         read = job.validate({**job_of, "method": {**frozen, **more}}, JobType, Path("a.yaml"))
         with pytest.raises(ValueError, match="nothing trains") if refused else nullcontext():
