@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import PreTrainedModel
 
+from steerlab import models
 from steerlab.data import rows
 from steerlab.data.pairs import pair
 from steerlab.data.worlds import tiny
@@ -17,6 +19,8 @@ from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import IGNORED, Pair, collate
 from steerlab.job import DataConfig, DataSet
+from steerlab.steered import explain
+from steerlab.steered.language import SteeredModel
 
 LLAMAFACTORY = "sdist:llamafactory==0.9.5#data/dpo_en_demo.json"
 
@@ -168,3 +172,21 @@ def test_cut_responses_are_counted_and_prompts_without_room_dropped(encoder: Enc
 def test_pairs_cannot_be_read_as_texts(encoder: Encoder) -> None:
     with pytest.raises(ValueError, match="pairs of conversations"):
         encoder.from_row(tiny.rows("preferences/train", 1)[0], "preference")
+
+
+def test_a_response_without_tokens_is_no_pair(tiny_dir: Path, tiny_model: PreTrainedModel) -> None:
+    """Blanks, where the template puts nothing after an answer: no mean over tokens exists, and a sum is 0."""
+    tokenizer = models.load_tokenizer(tiny_dir)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    encoder = Encoder(tokenizer, "plain")
+    rows = [{"prompt": "the sky", "chosen": chosen, "rejected": "ship"} for chosen in ("blue", "\t", "red")]
+    encoded = encode_data(encoder, rows, "preference", 20)
+    assert (encoded.numbers, encoded.num_dropped) == ([0, 2], 1)
+    blank = encoder.encode(encoder.from_pair({"prompt": "the sky", "chosen": "\t", "rejected": "ship"})[0])
+    assert not any(blank.in_response)
+    full = encoded.rows[0]
+    assert isinstance(full, Pair)
+    steered = SteeredModel(tiny_model, encoder)
+    (scores,) = explain.score(steered, [full, Pair(full.rejected, blank)], [1.0])
+    assert [score.rejected.log_prob for score in scores][1] == 0.0
+    assert scores[1].chosen.log_prob == pytest.approx(scores[0].rejected.log_prob, rel=1e-5)

@@ -155,7 +155,8 @@ def _encode_pairs(encoder: Encoder, of_rows: _Conversations, max_tokens: int) ->
         chosen, rejected = next(encoded), next(encoded)
         pair = Pair(chosen.cut(max_tokens), rejected.cut(max_tokens))
         # Responses that are equal up to the cut give a preference loss without a gradient.
-        has_room = all(_prompt_length(row) < max_tokens for row in (chosen, rejected))
+        # A response may be a text of which a tokenizer makes no token (blanks): its mean log-probability does not exist.
+        has_room = all(_prompt_length(row) < min(max_tokens, len(row)) for row in (chosen, rejected))
         fits = has_room and pair.chosen.input_ids != pair.rejected.input_ids
         return pair if fits else None, max(len(chosen), len(rejected)) > max_tokens
 

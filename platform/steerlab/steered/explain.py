@@ -94,7 +94,8 @@ def _at_strengths(model: SteeredModel, batch: Batch, tokens: Predicted, strength
 
 def _responses(scores: Scores, tokens: Predicted) -> list[Response]:
     """Sum the scores of the tokens of every response."""
-    sizes = tokens.sequence_N.bincount().tolist()
+    # `minlength`: the last response of a batch may have no tokens (an empty answer, and a template without an end of turn).
+    sizes = tokens.sequence_N.bincount(minlength=tokens.sequences).tolist()
     # Summed in float64: a response has hundreds of terms, and callers subtract two sums of nearly the same size.
     columns = [
         [float(part.double().sum()) for part in values_N.split(sizes)]
