@@ -59,7 +59,7 @@ def path(tmp_path: Path) -> Path:
         (["data.target.limit=3"], "data.target.limit 3: a distribution needs 4 samples or more"),
         (["train.grad_accum=2"], "the loss compares whole distributions"),
         (["train.micro_batch=2"], "train.micro_batch 2: a distribution needs 4 samples"),
-        (["scale.zero_stage=1"], "nothing to shard; set 0"),
+        (["scale.zero_stage=1"], "needs no sharding; set 0"),
         (
             ["data.validation.source=tiny:topics/test", "data.validation.format=text"],
             "data.validation: the loss of method lineas",
