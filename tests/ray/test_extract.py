@@ -218,7 +218,7 @@ def test_a_selection_of_no_token_names_the_row(cluster: None, tmp_path: Path) ->
 
 
 def test_a_selection_of_nothing_fails_before_an_actor_starts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no module path matches '.*norms' as a whole; near: "):
+    with pytest.raises(ValueError, match=r"no module path matches '.*norms' as a whole; similar: "):
         run(wanted(select={"modules": ".*norms"}), str(tmp_path))
 
 

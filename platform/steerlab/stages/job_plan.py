@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def steers(self) -> Selection | None:
-        """Modules and tokens on which the newest patch acts, whose strength can vary; None if its method does not restrict them."""
+        """Modules and tokens on which the newest patch acts; None if its method does not restrict them."""
         changer = self._changer
         return changer.method.steers(changer.job.method)
 
