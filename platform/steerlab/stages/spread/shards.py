@@ -148,8 +148,8 @@ def _stream(request: Request, missing: list[Planned], scale: ScaleConfig) -> Ite
 def _lines(request: Request, missing: list[Planned], scale: ScaleConfig) -> Iterator[Line]:
     """Yield the results of the workers, records and failures as JSON, in the order in which they finish."""
     items = [{"entry": shard.model_dump_json()} for shard in missing]
-    # Each worker gets the CPUs that it has among the configured number of workers, even if fewer shards are missing. The number
-    # of CPUs is PyTorch's number of threads, which affects the last bits of sums, and a resumed stage must make the same parts.
+    # A worker's share of the CPUs follows from the configured number of workers, even if fewer shards are missing. It sets the
+    # number of PyTorch's threads, which affects the last bits of sums, and a resumed stage must make the same parts.
     resources = reserved.of_actors(scale, scale.worker_range[0])
     if alone.here() is not None:
         yield from (alone.call(in_warm_process, (request, item), resources["num_cpus"]) for item in items)
@@ -165,8 +165,8 @@ def _lines(request: Request, missing: list[Planned], scale: ScaleConfig) -> Iter
     cpus, gpus = resources["num_cpus"], resources["num_gpus"]
     # One block for each shard. Otherwise Ray Data may put several shards into one task, and a death would repeat all of them.
     source = ray.data.from_items(items, override_num_blocks=len(items))
-    # With a GPU actors are used even with `scale.warm`: the process of a task stays, would keep the GPU's memory, and would keep
-    # its device even when Ray assigns another one to the next task.
+    # With a GPU, actors are used even with `scale.warm`: the process of a task stays and would keep the GPU's memory, and its
+    # device even when Ray assigns another one to the next task.
     if scale.warm and not gpus:
         lines = source.map(
             partial(in_warm_process, request), compute=ray.data.TaskPoolStrategy(high), num_cpus=cpus, num_gpus=gpus
