@@ -338,10 +338,8 @@ def test_a_job_without_these_models_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=match):
             run.check(planned(tmp_path, below, method, **more))
 
-    refused(
-        r"model\.source: method safe_delta changes what another job has trained: name that job", None, {"name": "safe_delta"}
-    )
-    refused(r"method\.unaligned: method resta compares .* give the source", TUNED, {"name": "resta"})
+    refused(r"model\.source: method safe_delta changes what another job has trained, so it must", None, {"name": "safe_delta"})
+    refused(r"method\.unaligned: method resta needs .* give the source", TUNED, {"name": "resta"})
     refused(r"data\.safety: method safe_delta needs these rows", TUNED, {"name": "safe_delta"})
     train = {"train": {"steps": 1}, "data": {"train": TUNED["data"]["train"]}}
     refused(r"train: method safe_lora trains nothing; remove this section", TUNED, {"name": "safe_lora"}, **train)

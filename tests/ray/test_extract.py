@@ -104,7 +104,7 @@ def test_rows_are_in_sample_order_and_as_read_one_by_one(undisturbed: Path) -> N
 def test_warm_processes_give_the_same_rows_and_start_no_actor(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "_by_actors", None)
+    monkeypatch.setattr(shards, "_counting_rows", None)
     assert all_rows(run(wanted(workers=1, warm=True), str(tmp_path))).equals(all_rows(undisturbed))
     assert Moments.open(run(wanted(workers=1, warm=True, keep="moments"), str(tmp_path), reduce)).count == 60
 
@@ -218,7 +218,7 @@ def test_a_selection_of_no_token_names_the_row(cluster: None, tmp_path: Path) ->
 
 
 def test_a_selection_of_nothing_fails_before_an_actor_starts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no module path matches '.*norms' as a whole; near: "):
+    with pytest.raises(ValueError, match=r"no module path matches '.*norms' as a whole; similar: "):
         run(wanted(select={"modules": ".*norms"}), str(tmp_path))
 
 

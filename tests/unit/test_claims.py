@@ -118,7 +118,7 @@ def test_a_holder_elsewhere_that_is_dead_is_followed_whatever_the_clocks_say(
     with claims.hold(store, NAME, wait=True, say=lines.append):
         assert store.list(f"claims/{NAME}") == ["000005.json"]
     assert number[0] == claims.LOOKS
-    assert lines[1].startswith("ann@elsewhere, process 7 has given no sign of life in")
+    assert lines[1].startswith("ann@elsewhere, process 7 has shown no sign of life for")
 
 
 def test_a_process_of_this_machine_that_died_is_followed_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,8 +75,8 @@ def prompts(encoder: Encoder) -> list[Conversation]:
 
 
 def of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(continuing.Room, "rows", lambda self, decoding: 3)
-    monkeypatch.setattr(continuing.Room, "together", lambda self, waiting: min(2, len(waiting)))
+    monkeypatch.setattr(continuing.Capacity, "num_rows", lambda self, decoding: 3)
+    monkeypatch.setattr(continuing.Capacity, "num_prefilled", lambda self, waiting: min(2, len(waiting)))
 
 
 def lengths(generations: list[Generation]) -> set[int]:
@@ -120,12 +120,12 @@ def test_caches_of_every_kind(
     steered = SteeredModel(model, encoder)
     # Sampled: greedy decoding by random weights repeats a token for ever. Each row by itself gives the numbers to compare with.
     how: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 3.0}
-    together = continuing.Room.together
-    monkeypatch.setattr(continuing.Room, "together", lambda self, waiting: 1)
-    monkeypatch.setattr(continuing.Room, "rows", lambda self, decoding: 1)
+    together = continuing.Capacity.num_prefilled
+    monkeypatch.setattr(continuing.Capacity, "num_prefilled", lambda self, waiting: 1)
+    monkeypatch.setattr(continuing.Capacity, "num_rows", lambda self, decoding: 1)
     alone = steered.generate(prompts, **how)[0]
     assert len(lengths(alone)) > 2
-    monkeypatch.setattr(continuing.Room, "together", together)
+    monkeypatch.setattr(continuing.Capacity, "num_prefilled", together)
     assert steered.generate(prompts, **how)[0] == alone
     of_three_rows(monkeypatch)
     assert steered.generate(prompts, **how)[0] == alone
@@ -212,6 +212,6 @@ def test_the_memory_of_keys_and_values_is_measured(encoder: Encoder) -> None:
     decoding = steered._prefilled(waiting)
     per_token = 2 * 3 * 2 * 8 * 4  # keys and values, layers, heads of 8, float32
     assert decoding.num_bytes == 5 * len(row) * per_token
-    room = continuing.Room(max_new_tokens=7, batch_tokens=4096, mixes=True)
+    capacity = continuing.Capacity(max_new_tokens=7, batch_tokens=4096, mixes=True)
     of_row = per_token * (len(row) + 7) + 6 * 4 * len(encoder.tokenizer)  # type: ignore[arg-type]
-    assert room.rows(decoding) == 2**30 // of_row
+    assert capacity.num_rows(decoding) == 2**30 // of_row

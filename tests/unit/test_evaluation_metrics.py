@@ -245,7 +245,7 @@ def test_paired_difference_refuses_what_cannot_be_compared():
         paired_difference([Observation("m", "a", 1.0)], [Observation("m", "b", 1.0)])
     with pytest.raises(ValueError, match="occurs twice"):
         paired_difference(observations([1.0]) * 2, observations([1.0]))
-    with pytest.raises(ValueError, match="no scored item"):
+    with pytest.raises(ValueError, match="scored none of the"):
         paired_difference(observations([1.0], [0.0]), observations([1.0]))
 
 

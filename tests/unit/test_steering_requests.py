@@ -45,10 +45,10 @@ def path(tmp_path: Path) -> Path:
         (["extract.pooling=[max]"], r"method.pooling mean: extract.pooling is \['max'\]; add it there"),
         (
             ["extract.select.modules=.*post_atention_layernorm"],
-            r"extract.select: no module path matches .* near: model\.layers",
+            r"extract.select: no module path matches .* similar: model\.layers",
         ),
         (["method.steer.modules=model.layers.9"], "method.steer: no module path matches 'model.layers.9'"),
-        (["extract.select.exclude_modules=.*"], "exclude_modules '.*' takes out all 4 modules"),
+        (["extract.select.exclude_modules=.*"], "exclude_modules '.*' excludes all 4 modules"),
         (["data.target=null"], "data.target: method lineas needs this data set"),
         (["data.source=null"], "data.source: this key is required, because method lineas trains on it"),
         (["data.target.offset=0"], "data.source and data.target are the same rows"),
@@ -59,7 +59,7 @@ def path(tmp_path: Path) -> Path:
         (["data.target.limit=3"], "data.target.limit 3: a distribution needs 4 samples or more"),
         (["train.grad_accum=2"], "the loss compares whole distributions"),
         (["train.micro_batch=2"], "train.micro_batch 2: a distribution needs 4 samples"),
-        (["scale.zero_stage=1"], "nothing to shard; set 0"),
+        (["scale.zero_stage=1"], "needs no sharding; set 0"),
         (
             ["data.validation.source=tiny:topics/test", "data.validation.format=text"],
             "data.validation: the loss of method lineas",

@@ -51,15 +51,15 @@ def test_a_list_of_expressions_takes_what_any_of_them_matches(tiny_model: PreTra
 def test_excluded_modules_are_left_out(tiny_model: PreTrainedModel) -> None:
     found = taps.select(tiny_model, selection(modules=r"model\.layers\.\d", exclude_modules=r".*\.[12]"))
     assert [tap.name for tap in found] == ["model.layers.0", "model.layers.3"]
-    with pytest.raises(ValueError, match="takes out all 4 modules"):
+    with pytest.raises(ValueError, match="excludes all 4 modules"):
         taps.select(tiny_model, selection(modules=r"model\.layers\.\d", exclude_modules=".*"))
 
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("layers.0.mlp", r"'layers.0.mlp' as a whole; near: model.layers.0.mlp, "),
-        ("model.layer.0.mpl", r"near: .*model.layers.0.mlp"),
+        ("layers.0.mlp", r"'layers.0.mlp' as a whole; similar: model.layers.0.mlp, "),
+        ("model.layer.0.mpl", r"similar: .*model.layers.0.mlp"),
         ("model.(", "is not a regular expression"),
     ],
 )
@@ -319,8 +319,8 @@ def test_inputs_and_elements_of_tuples_are_read() -> None:
     ("tap", "message"),
     [
         (Tap("unused"), "1 of 1 modules never run in a forward pass: unused"),
-        (Tap("pair", 5), "no element 5"),
-        (Tap("first", 1), "no tuple"),
+        (Tap("pair", 5), "element 5 does not exist"),
+        (Tap("first", 1), "not a tuple"),
     ],
 )
 def test_what_cannot_be_read_is_said(tap: Tap, message: str) -> None:

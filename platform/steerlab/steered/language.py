@@ -23,7 +23,7 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import GENERATION, Batch, Conversation, Encoded, Row, collate
 from steerlab.patches import SavedPatch
 from steerlab.steered import batching, fixed_probe, internals, shown_texts, token_scores
-from steerlab.steered.continuing import Room, Waiting, continued
+from steerlab.steered.continuing import Capacity, Waiting, continue_prompts
 from steerlab.steered.generated_text import Ends, Generation
 from steerlab.steered.model import Asked, Shown, Steered
 from steerlab.steered.prefilled import Decoding
@@ -180,11 +180,11 @@ class SteeredModel(Steered):
         ]
         results: dict[tuple[int, int], Generation] = {}
         ends = Ends(self.encoder, self.end_ids, stop)
-        tell = None if watch is None else lambda written: watch({job: ends.cut(ids).text for job, ids in written.items()})
+        tell = None if watch is None else lambda written: watch({key: ends.cut(ids).text for key, ids in written.items()})
         for group, mixes in batching.groups(self.model, self._newest, waiting, max_new_tokens):
-            room = Room(max_new_tokens, self.batch_tokens, mixes)
-            for one, ids in continued(group, self._prefilled, room, sampling, ends.reached, tell):
-                results[one.job] = ends.cut(ids)
+            capacity = Capacity(max_new_tokens, self.batch_tokens, mixes)
+            for one, ids in continue_prompts(group, self._prefilled, capacity, sampling, ends.reached, tell):
+                results[one.key] = ends.cut(ids)
                 self.progress(len(results), len(waiting))
         unread = Generation("", 0, False, too_long=True)
         return [[results.get((s, p), unread) for p in range(len(encoded))] for s in range(len(strengths))]

@@ -1,21 +1,22 @@
-"""Claims: the exclusive right to compute a stage or to drive a sweep below a ROOT, among all processes that use the ROOT.
+"""Claims: exclusive rights among all processes that use one ROOT, to compute or remove a stage or to drive a sweep.
 
-The processes may be on one machine or on several, in one Ray cluster, in several or in none, with clocks that differ. A claim
-is a file that one process alone can create, with the number of a turn, and a second one that its holder rewrites every few
-seconds with the next number of a counter:
+The processes may be on one machine or on several, in one Ray cluster, in several or in none, with clocks that differ. The
+holders of a claim take turns, which are numbered. Each turn has two files:
 
     ROOT/claims/<name>/000001.json   who holds the claim; created only if it does not exist (exclusive.py)
-    ROOT/claims/<name>/000001.beat   the counter
+    ROOT/claims/<name>/000001.beat   a counter, which the holder increases every BEAT_S seconds
 
-At the end the holder removes both. One who waits looks at the newest turn again and again. If the counter has not changed in
-`_LOOKS` looks, the holder is dead or cut off, and the one who waits creates the next turn. A holder that was only stopped
-notices it when it goes on (`Claim.lost`). No time of any clock is compared: only the counter, and the number of own looks.
+The holder removes both files at the end. A waiting process polls the newest turn every LOOK_S seconds. If the counter has not
+changed in LOOKS polls, the waiting process regards the holder as dead and creates the next turn. A holder that was only
+suspended finds out when it continues (`Claim.lost`). No clock times are compared: a waiting process compares only the counter,
+and counts its own polls.
 
-Processes of one machine need not wait for that. Each holds a lock of the kernel (`flock`) as long as it waits for a claim or
-has it, and the kernel releases it with the process: a holder whose lock is free is dead.
+Processes of one machine need not wait so long. A process takes a lock of the kernel (`flock`) before it waits for the processes
+of other machines, and keeps this lock until it releases the claim. The kernel releases the lock when the process dies, so a
+holder of this machine whose lock is free is dead.
 
-A holder that is stopped between its last look and its last write, for longer than the lease, could still write after the next
-holder has begun. For a stage that is harmless: an artifact that exists is never replaced, and both would be the same.
+A holder that is suspended for more than LOOKS x LOOK_S seconds between its last check and its last write may still write after
+the next holder has begun. For a stage that is harmless: both compute the same artifact, and an existing one is never replaced.
 """
 
 from __future__ import annotations
@@ -38,32 +39,32 @@ from steerlab.data.sources import cache_root
 from steerlab.guards import files, saved
 from steerlab.storage.store import Store, StoreError
 
-# LOOK_S x LOOKS is 60 s, twelve beats: one who waits takes nobody for dead because a few writes were slow.
+# LOOK_S x LOOKS is 60 s, or twelve beats, so that a few slow writes do not make a living holder look dead.
 BEAT_S = 5.0
-"""Seconds between two numbers of a holder's counter."""
+"""Seconds after which a holder increases its counter."""
 LOOK_S, LOOKS = 2.0, 30
-"""Seconds between two looks of one who waits, and looks at an unchanged counter after which a claim is taken over."""
+"""Seconds between two polls of a waiting process, and number of polls without a change after which it takes the claim over."""
 Say = Callable[[str], None]
 
 
 class Held(RuntimeError):
-    """Another process holds the claim, and the caller did not want to wait; the message says which process."""
+    """Another process holds the claim, and the caller did not want to wait; the message names that process."""
 
 
 class Lost(RuntimeError):
-    """Another process has taken the claim over, because this one was stopped or cut off for too long."""
+    """Another process has taken the claim over, because this one was suspended or could not reach ROOT for too long."""
 
 
 class _Turn(saved.Shape):
     id: str
-    # Bounded: the file lies where others may write, and the text is shown.
+    # The length is limited because other users of ROOT may write this file, and its text is printed.
     who: str = Field(max_length=300)
     lock: str
-    """Name of the lock that the holder has; empty if its file system has no locks."""
+    """Name of the lock that the holder has (`_locked`); empty if its file system has no locks."""
 
 
 class _Newest(NamedTuple):
-    """The newest turn of a claim; number 0 if there is none."""
+    """The newest turn of a claim, with the value of its counter. Number 0 and None if nobody holds the claim."""
 
     number: int
     turn: _Turn | None
@@ -77,18 +78,18 @@ class Claim:
         self._store, self._folder, self._number, self._turn = store, folder, number, turn
         self._stop = threading.Event()
         self.lost = False
-        """Whether another process has taken the claim over, as far as it was noticed."""
+        """Whether this process has noticed that another one has taken the claim over."""
 
     def check(self) -> None:
-        """Raise Lost if another process has taken the claim over by now."""
+        """Read the claim's file, and raise Lost if another process has taken the claim over."""
         self.lost = self.lost or not self._is_mine()
         if self.lost:
-            raise Lost("another process has taken over what this one was computing: it had given no sign of life for too long")
+            raise Lost("another process has taken over the work of this one, which had shown no sign of life for too long")
 
     @contextmanager
     def beating(self) -> Iterator[None]:
-        """Keep the counter going while the block runs; remove the claim at its end."""
-        # A daemon, so that it cannot keep a process alive that is ending.
+        """Increase the counter regularly while the block runs; remove the claim's files at its end."""
+        # A daemon thread, because Python waits for all other threads before a process can end.
         thread = threading.Thread(target=self._beat, daemon=True)
         thread.start()
         try:
@@ -96,23 +97,22 @@ class Claim:
         finally:
             self._stop.set()
             thread.join()
-            # If the store does not answer, the claim is left as that of a process that was killed.
+            # If the store does not answer, the files stay, and the claim is taken over like that of a killed process.
             with suppress(OSError):
                 if self._is_mine():
                     _remove(self._store, self._folder, self._number)
 
     def _beat(self) -> None:
         count = 0
-        # An event and no sleep: the end of the block does not wait for the next beat.
+        # An event ends this wait at once; with `time.sleep`, the end of the block would wait for the next beat.
         while not self._stop.wait(BEAT_S):
             count += 1
-            # A store that fails for a while is asked again with the next beat; if meanwhile the claim is taken over, that is
-            # seen then.
+            # A store that fails now is asked again at the next beat, which also notices if the claim was taken over meanwhile.
             with suppress(OSError):
                 if not self._is_mine():
                     self.lost = True
                     return
-                # A counter that changes, and no time: clocks of two machines differ.
+                # A counter instead of a time stamp, because the clocks of two machines differ.
                 self._store.write_text(_file(self._folder, self._number, "beat"), str(count))
 
     def _is_mine(self) -> bool:
@@ -124,11 +124,12 @@ def hold(store: Store, name: str, *, wait: bool, say: Say = lambda line: None) -
     """Hold a claim while the block runs.
 
     Args:
-        store: The store whose users exclude each other.
-        name: Name of the claim: a file name.
-        wait: Whether to wait until other holders are done. Otherwise a living holder ends this call, which may take the
-            seconds between two of its signs of life, and a dead one is waited out.
-        say: Takes a line for people when there is somebody to wait for.
+        store: The store of the ROOT.
+        name: Name of the claim, a valid file name.
+        wait: Whether to wait until the present holder has finished. If False, the call raises `Held` once it has seen that
+            the holder lives: at once for a process of this machine, else after up to BEAT_S + LOOK_S seconds, when the counter
+            changes. A holder whose counter does not change is taken over in either case.
+        say: Called with a line of text before this process waits for another one or takes a claim over.
 
     Raises:
         Held: another process holds the claim, and `wait` is False.
@@ -136,7 +137,7 @@ def hold(store: Store, name: str, *, wait: bool, say: Say = lambda line: None) -
     """
     folder = f"claims/{name}"
     with ExitStack() as stack:
-        # The lock first: of the processes of one machine only one looks at the turns at all.
+        # The lock comes first, so that only one process of a machine at a time polls the turns and creates the next one.
         lock = stack.enter_context(_locked(store, name, wait, say))
         number, turn = _next(store, folder, lock, wait, say)
         claim = Claim(store, folder, number, turn)
@@ -145,12 +146,12 @@ def hold(store: Store, name: str, *, wait: bool, say: Say = lambda line: None) -
 
 
 def is_held(store: Store, name: str) -> bool:
-    """Return whether a process holds a claim, or may hold it: that of another machine may have died."""
+    """Return whether a process holds a claim. True also for a holder on another machine that may have died meanwhile."""
     lock = _lock_path(store, name)
     if files.is_locked(lock):
         return True
     turn = _newest(store, f"claims/{name}").turn
-    # Of this machine's processes the lock, which is free, has said that they are dead.
+    # The lock is free, so a turn that a process of this machine created belongs to a dead process.
     return turn is not None and turn.lock.partition(":")[0] != files.kernel()
 
 
@@ -159,9 +160,9 @@ def _locked(store: Store, name: str, wait: bool, say: Say) -> Iterator[str]:
     """Hold the lock by which the processes of this machine exclude each other; yield its name, empty if there are no locks."""
     path = _lock_path(store, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The lock file is never removed: a process that waits for it would lock a file that others no longer see.
+    # The lock file is never removed: a process that waits for it would then lock a deleted file, which excludes nobody.
     with ExitStack() as stack:
-        # Entered by hand, so that an error of the caller's block is not taken for one of the lock.
+        # `enter_context` instead of `with`: an OSError of the caller's block must not be treated as an error of the lock.
         try:
             stack.enter_context(files.locked(path, wait=False))
         except BlockingIOError:
@@ -177,55 +178,56 @@ def _locked(store: Store, name: str, wait: bool, say: Say) -> Iterator[str]:
             yield ""
             return
         status = path.stat()
-        # A lock excludes those only who have the same kernel and the same file.
+        # A lock excludes only the processes that run on the same kernel and lock the same file, so its name holds both.
         yield f"{files.kernel()}:{status.st_dev}:{status.st_ino}"
 
 
 def _lock_path(store: Store, name: str) -> Path:
     if store.is_local:
         return store.on_disk("claims", f"{name}.lock")
-    # A bucket has no locks: processes of this machine share a file of their own for each ROOT.
+    # A bucket has no locks, so the processes of this machine lock a file in their cache, one for each ROOT and claim.
     return cache_root() / "claims" / f"{hashlib.sha256(store.root.encode()).hexdigest()[:16]}-{name}.lock"
 
 
 def _next(store: Store, folder: str, lock: str, wait: bool, say: Say) -> tuple[int, _Turn]:
-    """Create the next turn as soon as the newest one has ended, or its holder is dead."""
-    # The id is what `_is_mine` compares: user, machine and process number may come again.
+    """Create the next turn as soon as the newest one has ended or its holder is dead; return its number and content."""
+    # The random id makes each turn unique, which `_is_mine` relies on: another process may have the same user and number.
     mine = _Turn(id=uuid.uuid4().hex, who=_who(), lock=lock)
     seen, looks = _Newest(0, None, ""), 0
     while True:
         newest = _newest(store, folder)
-        # Own looks at an unchanged turn and counter: no clock is read.
+        # Counts this process's own polls without a change, so that no clock decides whether the holder is dead.
         looks = looks + 1 if newest == seen else 0
-        # This process has the lock that the holder has to have.
+        # A living holder would still hold this lock, which this process holds now.
         is_dead = newest.turn is not None and lock != "" and newest.turn.lock == lock
         if newest.turn is not None and not is_dead and looks < LOOKS:
             if newest[:2] != seen[:2]:
                 say(f"waits for {newest.turn.who}")
-            elif looks == 0 and not wait:  # its counter has moved
+            elif looks == 0 and not wait:  # the counter has changed since the last poll, so the holder lives
                 raise Held(newest.turn.who)
             seen = newest
             time.sleep(LOOK_S)
             continue
         if newest.turn is not None:
-            why = "has died" if is_dead else f"has given no sign of life in {LOOKS * LOOK_S:.0f} s"
+            why = "has died" if is_dead else f"has shown no sign of life for {LOOKS * LOOK_S:.0f} s"
             say(f"{newest.turn.who} {why}: its work is taken over")
         seen = _Newest(0, None, "")
         if (number := _take(store, folder, newest, mine)) is not None:
             return number, mine
 
 
-def _take(store: Store, folder: str, past: _Newest, mine: _Turn) -> int | None:
-    """Create the turn after `past` and remove those before it; return its number, or None if another process was faster."""
-    number = past.number + 1
-    # The one step that excludes: of several that create this turn, the store lets one through.
+def _take(store: Store, folder: str, previous: _Newest, mine: _Turn) -> int | None:
+    """Create the turn after `previous` and remove all earlier ones; return its number, None if another process was faster."""
+    number = previous.number + 1
+    # Exclusion rests on this step alone: if several processes create the same turn, the store lets one of them succeed.
     if not store.create_json(_file(folder, number), mine.model_dump()):
         return None
-    # What was seen before the creation may be old: this process was stopped since, or a client of NFS had kept a listing, which
-    # the creation has made it read anew. Meanwhile others may have had their turns, and numbers begin again at 1.
+    # `previous` may be outdated: this process may have been suspended since, or its NFS client may have shown an old listing
+    # (after a creation it reads a new one). Meanwhile other processes may have had turns, whose numbers start again at 1 once
+    # all earlier ones are gone.
     turns = _turns(store, folder)
-    as_seen = past.turn is None or _read_turn(store, _file(folder, past.number)) == past.turn
-    if max(turns, default=0) != number or not as_seen:
+    is_unchanged = previous.turn is None or _read_turn(store, _file(folder, previous.number)) == previous.turn
+    if max(turns, default=0) != number or not is_unchanged:
         _remove(store, folder, number)
         return None
     for earlier in turns:
@@ -239,13 +241,13 @@ def _file(folder: str, number: int, kind: str = "json") -> str:
 
 
 def _remove(store: Store, folder: str, number: int) -> None:
-    # The turn before its counter: a counter alone is no turn.
+    # The turn is removed first: a counter without a turn is ignored, but a turn without its counter would count as held.
     store.remove(_file(folder, number))
     store.remove(_file(folder, number, "beat"))
 
 
 def _turns(store: Store, folder: str) -> list[int]:
-    # Files of other names, such as half-written ones, are no turns.
+    # The folder may hold other files, such as half-written ones, which are not turns.
     names = (name.removesuffix(".json") for name in store.list(folder) if name.endswith(".json"))
     return [int(name) for name in names if name.isascii() and name.isdigit()]
 
@@ -253,19 +255,19 @@ def _turns(store: Store, folder: str) -> list[int]:
 def _newest(store: Store, folder: str) -> _Newest:
     while number := max(_turns(store, folder), default=0):
         turn = _read_turn(store, _file(folder, number))
-        # None: it has ended since it was listed, so what is there now is listed again.
+        # None means that the turn has ended since it was listed, so the folder is listed again.
         if turn is not None:
             return _Newest(number, turn, _read_beat(store, _file(folder, number, "beat")))
     return _Newest(0, None, "")
 
 
 def _read_turn(store: Store, path: str) -> _Turn | None:
-    """Return a turn; None if there is none."""
+    """Return the turn in a file; None if the file does not exist."""
     try:
         return saved.checked(store.read_json(path), _Turn, path)
     except FileNotFoundError:
         return None
-    except (StoreError, saved.SavedError):  # not written here; waited for, since it may be a later version's
+    except (StoreError, saved.SavedError):  # counts as a holder: a later version of steerlab may have written it
         return _Turn(id="", who="a process that left no name", lock="")
 
 

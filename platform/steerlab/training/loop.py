@@ -1,8 +1,8 @@
 """The training loop of every method. It does not use Ray and does not name a method.
 
 The rows of step t depend only on (number of rows, seed, t), the learning rate on t, and the random state on (seed, t, rank). A
-checkpoint therefore holds only the engine and the step, and the number of workers does not change which rows a step has
-(schedule.py).
+checkpoint therefore holds no state of a sampler, a scheduler or a random generator: only the engine's state, the step, the
+metrics of all steps so far and the snapshots. The number of workers does not change which rows a step has (schedule.py).
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ _SMALLER = (
     "lower train.micro_batch (and raise train.grad_accum as much) or train.max_tokens, set scale.gradient_checkpointing, "
     "scale.zero_stage with more workers, scale.offload, or model.dtype: bfloat16"
 )
-"""What takes less memory of a GPU."""
+"""Advice for a GPU that is out of memory, for the error message."""
 _SNAPSHOTS = "snapshots.safetensors"
 
 
 def _add(totals: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Add values to sums in float64, where they are computed: they are read once a step, for which a GPU is waited for."""
+    """Add values to sums in float64 on their device; reading them on the CPU would make it wait for the GPU in every pass."""
     for name, value in values.items():
         wide = value.detach().to(torch.float64)
         totals[name] = totals[name] + wide if name in totals else wide
 
 
 def _check_finite(metrics: dict[str, float]) -> None:
-    """Raise FloatingPointError for a NaN or infinite metric: no later step would recover from it."""
+    """Raise FloatingPointError for a NaN or infinite metric."""
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} of step {metrics['step']} is {value}; lower train.lr or use float32")
@@ -58,7 +58,7 @@ def _check_finite(metrics: dict[str, float]) -> None:
 
 @dataclass
 class _Training:
-    """The training on one rank."""
+    """State of the training on one rank."""
 
     request: Request[Path]
     scale: ScaleConfig
@@ -69,7 +69,8 @@ class _Training:
         self.start, self.request, self.module, self.rows = start, start.request, start.module, start.rows
         parameters = trained_parameters(self.module).values()
         self.num_trained = sum(p.numel() for p in parameters)
-        # A patch on a frozen model trains in float32, whatever the model's dtype, and needs no float32 copy in the optimizer.
+        # The dtype of the trained parameters decides, not the model's: a patch on a bfloat16 model trains in float32, and needs
+        # no float32 copies in the optimizer.
         dtype = "bfloat16" if any(p.dtype == torch.bfloat16 for p in parameters) else "float32"
         self.engine = Engine(
             self.module, self.request.train, self.scale, dtype, self.link.rank, self.link.world_size, self.link.device
@@ -88,7 +89,7 @@ class _Training:
         if (checkpoint / _SNAPSHOTS).is_file():
             snapshots = checkpoint / _SNAPSHOTS
             self.snapshots = checkpoints.read_snapshots(snapshots, self.module, self.request.train.snapshots)
-        # All of them again: the last metrics of the killed run may not have arrived.
+        # Sends the metrics of all steps again, because the last ones of the killed run may not have arrived.
         for line in self.history:
             self.link.tell({**line, "steps": self.request.train.num_steps})
 
@@ -98,11 +99,12 @@ class _Training:
         train = self.request.train
         if self.step >= train.num_steps or train.patience is None or not self.history:
             return self.step >= train.num_steps
-        # A function of the recorded losses: a run that continues from a checkpoint stops at the same step.
+        # Decided from recorded losses only, so that a run that continues from a checkpoint stops at the same step.
         losses = [line["eval/loss"] for line in self.history if "eval/loss" in line]
         return "eval/loss" in self.history[-1] and stops(losses, train.patience)
 
     def run(self) -> None:
+        """Train until the end, with evaluations and checkpoints; all ranks call it."""
         train = self.request.train
         started_s, first = time.monotonic(), self.step
         while not self.has_ended:
@@ -113,14 +115,15 @@ class _Training:
             evaluates = self.start.validation is not None and due
             if evaluates:
                 metrics |= self._evaluation()
-            # Before a checkpoint is written: a resumed run would continue from weights that are NaN.
-            # On every rank: the metrics are sums over all, so that all ranks raise together and none waits for another.
+            # Checked before a checkpoint is written, or a resumed run would continue from weights that are NaN. The metrics are
+            # sums over all ranks, so all ranks raise together, and none is left waiting for another.
             _check_finite(metrics)
-            # In memory and in every checkpoint: the artifact's metrics.jsonl is whole, however often the training was killed.
+            # Kept in memory and in every checkpoint, so that the artifact's metrics.jsonl has every step once even if the
+            # training was killed.
             self.history.append(metrics)
             if self.step in train.snapshots:
                 weights = self.engine.weights("patch.", masters=True)
-                # A clone: on the CPU the engine returns the parameters themselves, which the next step changes.
+                # Cloned, because on the CPU the engine returns the parameters themselves, which the next step changes.
                 self.snapshots |= {f"{self.step}/{name}": value.clone() for name, value in weights.items()}
             left = train.num_steps - self.step
             self.link.tell({**metrics, "steps": train.num_steps, "steps_per_s": rate, "left_s": left / rate})
@@ -130,51 +133,55 @@ class _Training:
     def _step(self) -> dict[str, float]:
         """Train one step, and return its number, losses, learning rate and gradient norm. All ranks call it."""
         train, step = self.request.train, self.step
-        # Seeded for each step and rank: a resumed run draws the same numbers (dropout) as an undisturbed one.
+        # Seeded by step and rank, so that a resumed run draws the same random numbers (dropout) as an uninterrupted one.
         torch.manual_seed((train.seed * 1_000_003 + step) * 4_099 + self.link.rank)
         rows = rows_of_step(len(self.rows.rows), train.rows_per_step, train.seed, step)
-        # Of the whole step and not of this rank's share: every rank divides by the same number.
+        # Counts the targets of the whole step, not of this rank's share, so that every rank divides by the same number.
         num_targets = sum(self.module.counts(self.rows.rows[row], self.start.data.loss_on) for row in rows)
         lr = learning_rate(train, step)
-        # Before any pass: a gradual rotation computes with its angle of this step from the first pass on.
+        # Called before the first pass, in which a gradual rotation (ASIDE) already uses this step's angle.
         self.module.on_step(step, min(train.num_steps, len(self.rows.rows) / train.rows_per_step))
-        # The learning rate before the first pass: DeepSpeed updates the weights within the last `backward` and `step`.
+        # The learning rate is set before the first pass, because the last `engine.backward` of the step updates the weights.
         self.engine.start_step(lr)
         totals: dict[str, Tensor] = {}
         chunks = share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch)
         self.fault = None
         passes: list[tuple[Sequence[int], Tensor]] = []
-        # As many passes on every rank (`share_of_rank`): with fewer, a rank would wait for ever in a reduction.
+        # Every rank has the same number of passes (`share_of_rank`); one with more would wait forever in a reduction.
         for number, chunk in enumerate(chunks, 1):
             is_last = number == len(chunks)
             self.module.before_pass(is_last)
-            # Asked only where steps may be left out: it costs a reduction, and on a GPU a wait.
+            # Given only if steps may be skipped, because it costs a reduction and, on a GPU, a synchronisation.
             accepts = partial(self._accepts, totals.get("loss"), num_targets) if is_last and train.skip_steps else None
             batch = self._batch(self.rows, chunk, self.start.data.loss_on)
             total, sums_by_name = self.engine.backward(batch, num_targets, accepts)
             passes.append((chunk, total))
             _add(totals, {"loss": total, **sums_by_name})
-        # One reduction for all metrics; every rank has the same names in the same order.
+        # One reduction serves all metrics, because every rank has the same names in the same order.
         sums = self.engine.sum_over_ranks(totals.values())
         losses = {f"train/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
         self.step += 1
         metrics: dict[str, float] = {"step": self.step, **losses, "train/lr": lr}
-        # The step counts, and its rows are not seen again: a resumed run leaves out the same steps.
+        # A skipped step keeps its number, and its rows are not used again, so a resumed run skips the same steps. NaN metrics
+        # are dropped, because a checkpoint accepts finite numbers only.
         if self.fault is not None and bad_steps.num_skipped(self.history) < train.skip_steps:
             return {**{name: value for name, value in metrics.items() if math.isfinite(value)}, bad_steps.SKIPPED: 1.0}
         metrics["train/grad_norm"] = self.engine.grad_norm
         self._check_step(metrics, rows, passes)
-        # After the check, which may raise: a method's hook sees finite weights only.
+        # Called after the check, which raises for a bad step: the method's hook only sees the weights of good steps.
         self.module.after_step(lr)
         return metrics
 
     def _accepts(self, before: Tensor | None, num_targets: float, last: Tensor) -> bool:
-        """Return whether a step may update the weights, given the summed losses of its last pass and of those before it.
+        """Return whether the step may update the weights; all ranks call it.
 
-        All ranks call it.
+        Args:
+            before: summed loss of this rank's passes before the last one; None if there is only one.
+            num_targets: number of targets of the whole step.
+            last: summed loss of this rank's last pass.
         """
         loss = last if before is None else before + last
-        # One reduction for both, so that all ranks decide alike and none waits in a step that another leaves out.
+        # The sums over all ranks are the same on each, so all ranks decide alike: none waits in a step that another one skips.
         total, bad = self.engine.sum_over_ranks([loss, self.engine.bad_gradient])
         self.fault = bad_steps.fault_of(total / num_targets, self.history, self.request.train.spike)
         if self.fault is None and bad:
@@ -184,12 +191,12 @@ class _Training:
     def _check_step(
         self, metrics: dict[str, float], rows: Sequence[int], passes: Sequence[tuple[Sequence[int], Tensor]]
     ) -> None:
-        """Raise FloatingPointError for a bad step that is not left out. All ranks call it.
+        """Raise FloatingPointError if the step is bad: its loss, gradients or a metric. All ranks call it.
 
         Args:
             metrics: the metrics of the step, the same on all ranks.
             rows: the rows of the step.
-            passes: the rows of each pass of this rank, and its summed loss.
+            passes: (rows, summed loss) of each pass of this rank.
         """
         name, fault = (
             bad_steps.LOSS,
@@ -200,9 +207,9 @@ class _Training:
             if not name:
                 return
             fault = f"is {value}"
-        # Only now are the losses of single passes read: a good step does not wait for them.
+        # The losses of single passes are read from the GPU only for a bad step, so that a good one does not wait for them.
         bad_rows = {row for chunk, total in passes if not math.isfinite(float(total)) for row in chunk}
-        # Every rank knows its own passes; a row is at fault if any rank says so.
+        # Each rank knows only its own passes; the sum over ranks marks a row that any rank found bad.
         flags = self.engine.sum_over_ranks([torch.tensor(float(row in bad_rows)) for row in rows])
         blamed = [row for row, flag in zip(rows, flags, strict=True) if flag] or list(rows)
         numbers = sorted(self.rows.numbers[row] for row in blamed)
@@ -217,40 +224,42 @@ class _Training:
         return self.start.encoder.collate(rows, loss_on=loss_on, numbers=numbers).to(self.link.device)
 
     def _evaluation(self) -> dict[str, float]:
-        """Return `eval/loss` and the loss's other metrics, means over the targets of the validation rows; all ranks call it."""
+        """Return `eval/loss` and the other metrics of the loss as means over validation targets; all ranks call it."""
         assert self.start.validation is not None and self.request.data.validation is not None
         rows, loss_on = self.start.validation.rows, self.request.data.validation.loss_on
         size = self.request.train.micro_batch
         chunks = [range(len(rows))[i : i + size] for i in range(0, len(rows), size)]
         mine = chunks[self.link.rank :: self.link.world_size]
-        # Under ZeRO 3 a forward pass gathers weights from all ranks, so that every rank must run equally many: a rank with
-        # fewer chunks repeats the first one, without counting it.
-        idle = -(-len(chunks) // self.link.world_size) - len(mine)
+        # Under ZeRO 3 a forward pass gathers weights from all ranks, so every rank must run the same number of passes. A rank
+        # with fewer chunks runs the first chunk once more and does not count it.
+        num_repeats = -(-len(chunks) // self.link.world_size) - len(mine)
         totals: dict[str, Tensor] = {}
-        for number, chunk in enumerate([*mine, *[chunks[0]] * idle]):
-            found = self.engine.evaluate(self._batch(self.start.validation, chunk, loss_on))
-            _add(totals, found if number < len(mine) else {name: torch.zeros_like(value) for name, value in found.items()})
+        for number, chunk in enumerate([*mine, *[chunks[0]] * num_repeats]):
+            sums_by_name = self.engine.evaluate(self._batch(self.start.validation, chunk, loss_on))
+            counted = number < len(mine)
+            _add(totals, {name: value if counted else torch.zeros_like(value) for name, value in sums_by_name.items()})
         sums = self.engine.sum_over_ranks(totals.values())
         num_targets = sum(self.module.counts(row, loss_on) for row in rows)
         return {f"eval/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
 
     def _checkpoint(self, metrics: dict[str, float]) -> None:
         """Write a checkpoint and report it with the metrics of its step; all ranks call it."""
-        # A folder of its own for each checkpoint: the last one may still be uploading.
+        # Each checkpoint gets its own folder, because the previous one may still be uploading.
         directory = self.link.scratch / uuid.uuid4().hex
         directory.mkdir()
-        # All ranks, before rank 0 adds its own files: under ZeRO every rank writes a shard.
+        # All ranks save, because under ZeRO every rank holds a shard.
         self.engine.save(directory, {"step": self.step, "history": self.history})
         if self.link.rank == 0 and self.snapshots:
             save_file(self.snapshots, directory / _SNAPSHOTS)
-            files.share(directory, like=directory / checkpoints.META)  # another user may continue this training
+            # safetensors makes files that only their owner can read, but another user may continue this training.
+            files.share(directory, like=directory / checkpoints.META)
         self.link.report(metrics, directory)
         self.saved = self.step
 
     def export(self, output: Path) -> None:
         """Write the artifact on rank 0: model, patch, snapshots, prompt settings, metrics. All ranks call it."""
         state = self.engine.weights() if self.module.leaves_model else self.engine.weights("patch.", masters=True)
-        # After the gathering, in which all ranks take part under ZeRO 3.
+        # The other ranks return only here, because under ZeRO 3 all of them take part in gathering the weights.
         if self.link.rank:
             return
         facts = {"trained_parameters": self.num_trained, "steps": self.step, **self.start.row_counts}
@@ -274,7 +283,7 @@ def run(request: Request[Path], scale: ScaleConfig, link: Link, output: Path) ->
     Args:
         request: the training, with its inputs in directories of this node.
         scale: number of workers and sharding.
-        link: rank, device, and the functions that report to the caller.
+        link: rank, device, and the functions that report to the process that runs the loop.
         output: directory of the artifact; an existing one is replaced.
     """
     with numerics.of(request.train), models.memory_explained(_SMALLER):
@@ -290,10 +299,10 @@ def _run(request: Request[Path], scale: ScaleConfig, link: Link, output: Path) -
         training.resume(link.latest)
     training.run()
     if request.train.keep == "best":
-        # All ranks ask: each has to load the same checkpoint.
+        # Every rank loads the best checkpoint, because each holds a part of the engine's state.
         best = link.best()
         if best is not None:
             training.engine.load(best)
     training.export(output)
-    # After the export, which needs DeepSpeed's gathered weights.
+    # Closed after the export, which gathers weights through DeepSpeed.
     training.engine.close()

@@ -1,14 +1,18 @@
-"""Stream the shards of a data set through a pool of actors that hold a model; a `Maker` turns a shard into a part.
+"""Stream the shards of a data set through workers that hold a model; a worker's `Maker` turns each shard into a part.
+
+    shard     consecutive rows of the data set
+    part      the file that is made from a shard
+    record    path, size, hash and counts of a finished part
 
 First the rows of the data set are divided into shards, which are written as small files into the work directory
-(shard_plan.py). Ray Data then streams the numbers of the missing shards to the actors. An actor reads the texts of a shard,
-writes its part and returns the part's record, so that nothing large goes through Ray's object store and memory does not grow
-with the data. Ray replaces an actor that dies and repeats its shard; a stage that was killed continues with the missing shards.
+(shard_plan.py). Ray Data then streams the numbers of the missing shards to the workers. A worker reads the texts of a shard,
+writes the part and returns its record, so that nothing large goes through Ray's object store, and memory does not grow with the
+data. If a worker dies, Ray repeats its shard. A stage that was killed continues with the missing shards.
 
-With `scale.warm`, tasks replace the actors. Ray keeps their processes for the next stage, which saves a small stage most of its
-time.
+The workers are a pool of actors. With `scale.warm` and no GPU they are tasks instead, whose processes Ray keeps for the next
+stage; this saves a small stage most of its time. Without a cluster (alone.py), this process makes the parts one after another.
 
-This file is the side of the driver; the workers are in shard_worker.py.
+This file is the driver's side; the workers' side is shard_worker.py.
 """
 
 from __future__ import annotations
@@ -56,24 +60,25 @@ def run(
 
     Args:
         work: The running stage.
-        make: Makes the `Maker` of an actor.
-        facts: Type of the facts that the maker returns.
+        make: Makes the `Maker` of a worker.
+        facts: Type of the facts (file and counts of a part) that the maker returns.
         data: The data set.
         rows_per_shard: Number of rows of each shard but the last.
-        check: Called with the number of missing rows and some of them before the first actor starts; raises ValueError to stop.
+        check: Called before the first worker starts, with the number of rows in missing shards and the rows of one of these
+            shards; it raises ValueError to stop the stage.
 
     Raises:
         ValueError: the data or the settings are wrong; no further attempt is made.
-        RuntimeError: more than `scale.max_failures` actors died.
+        RuntimeError: more than `scale.max_failures` workers died.
         StoreError: a disk is full.
     """
     folder = WorkFolder(work.store.root, work.stage.name, work.stage.key)
-    planned = shard_plan.planned(folder, data, rows_per_shard)
-    # Parts of an earlier attempt are read through once: a power cut can leave a file of the right size with wrong bytes.
-    done = {entry.number: row for entry in planned if (row := folder.done(entry, verify=True)) is not None}
-    missing = [entry for entry in planned if entry.number not in done]
-    total = sum(entry.rows for entry in planned)
-    before = total - sum(entry.rows for entry in missing)
+    shards = shard_plan.planned(folder, data, rows_per_shard)
+    # The parts of an earlier attempt are hashed once, because a power cut can leave a file of the right size with wrong bytes.
+    records = {shard.number: record for shard in shards if (record := folder.done(shard, verify=True)) is not None}
+    missing = [shard for shard in shards if shard.number not in records]
+    total = sum(shard.rows for shard in shards)
+    before = total - sum(shard.rows for shard in missing)
     work.report({"done": before, "total": total})
     if missing:
         check(total - before, folder.shard(missing[0]).rows)
@@ -82,11 +87,9 @@ def run(
         def report(now: int, left_s: float) -> None:
             work.report({"done": before + now, "total": total, "left_s": left_s})
 
-        rows = (_by_processes if work.scale.warm or alone.here() is not None else _by_actors)(
-            request, missing, work.scale, report
-        )
-        done |= {row.number: row for row in rows}
-    return [facts.model_validate(done[entry.number].model_dump()) for entry in planned]
+        make_parts = _counting_shards if work.scale.warm or alone.here() is not None else _counting_rows
+        records |= {record.number: record for record in make_parts(request, missing, work.scale, report)}
+    return [facts.model_validate(records[shard.number].model_dump()) for shard in shards]
 
 
 def collect(work: Work) -> None:
@@ -96,69 +99,74 @@ def collect(work: Work) -> None:
 
 @contextmanager
 def parts(work: Work) -> Iterator[list[Path]]:
-    """Provide local files of all parts, in the order of the shards; they are removed at the end of the block."""
-    # On the disk of the artifact, so that hard links to parts in a local ROOT are possible.
+    """Yield the paths of local files of all parts, in the order of the shards; they are removed at the end of the block."""
+    # In a folder on the disk of the artifact, so that parts in a local ROOT can be hard links instead of copies.
     with tempfile.TemporaryDirectory(dir=work.directory.parent) as folder:
         WorkFolder(work.store.root, work.stage.name, work.stage.key).copy_parts(Path(folder))
         yield sorted(Path(folder).iterdir())
 
 
-def _by_actors(
+def _counting_rows(
     request: Request, missing: list[Planned], scale: ScaleConfig, report: Callable[[int, float], None]
 ) -> Iterator[Done]:
-    """Make the missing parts in a pool of actors and yield their records as they come."""
+    """Make the missing parts and yield their records as they finish; progress is counted by rows, in an actor (`Tally`)."""
     beside: Any = reserved.beside_the_driver()
     tally: Any = ray.remote(num_cpus=0, scheduling_strategy=beside)(Tally).remote()
-    with following(tally, report, sum(entry.rows for entry in missing)):
+    with following(tally, report, sum(shard.rows for shard in missing)):
         yield from _stream(replace(request, tally=tally), missing, scale)
 
 
-def _by_processes(
+def _counting_shards(
     request: Request, missing: list[Planned], scale: ScaleConfig, report: Callable[[int, float], None]
 ) -> Iterator[Done]:
-    """Make the missing parts in warm processes and yield their records as they come."""
-    # Progress is counted by finished shards, without a `Tally`: Ray would start that actor in one of the warm processes.
-    started_s, num_rows, now = time.monotonic(), {entry.number: entry.rows for entry in missing}, 0
-    for row in _stream(request, missing, scale):
-        now += num_rows[row.number]
-        report(now, (time.monotonic() - started_s) * (sum(num_rows.values()) - now) / now)
-        yield row
+    """Make the missing parts and yield their records as they finish; progress is counted by finished shards."""
+    # Without a `Tally`: Ray would start that actor in one of the warm processes, and a run without a cluster has no actors.
+    started_s, num_rows, num_done = time.monotonic(), {shard.number: shard.rows for shard in missing}, 0
+    for record in _stream(request, missing, scale):
+        num_done += num_rows[record.number]
+        report(num_done, (time.monotonic() - started_s) * (sum(num_rows.values()) - num_done) / num_done)
+        yield record
 
 
 def _stream(request: Request, missing: list[Planned], scale: ScaleConfig) -> Iterator[Done]:
-    """Send the missing shards to the workers and yield the records of their parts as they come."""
-    # In the order in which they end; `run` puts them into that of the shards.
+    """Send the missing shards to the workers and yield the records of their parts as they finish, in any order.
+
+    Raises:
+        ValueError, StoreError, RuntimeError: a worker returned a failure.
+    """
     for line in _lines(request, missing, scale):
-        row = _LINE.validate_json(line["row"])
-        if isinstance(row, Failure):
-            # Raised here, in the driver: an exception inside a worker would make Ray Data repeat the shard.
-            error = _ERRORS[row.kind](row.failure)
-            error.add_note(row.trace)
+        result = _RESULT.validate_json(line["row"])
+        if isinstance(result, Failure):
+            # A worker returns its error, and the driver raises it: an exception in a worker would make Ray Data repeat the
+            # shard.
+            error = _ERRORS[result.kind](result.failure)
+            error.add_note(result.trace)
             raise error
-        yield row
+        yield result
 
 
 def _lines(request: Request, missing: list[Planned], scale: ScaleConfig) -> Iterator[Line]:
-    """Yield what the workers return, as it comes."""
-    items = [{"entry": entry.model_dump_json()} for entry in missing]
-    # The share of one worker of the configured number, even if fewer shards are left: the number of CPUs decides the number of
-    # PyTorch's threads, which changes the last bits of sums. A resumed stage must make the same parts.
+    """Yield the results of the workers, records and failures as JSON, in the order in which they finish."""
+    items = [{"entry": shard.model_dump_json()} for shard in missing]
+    # A worker's share of the CPUs follows from the configured number of workers, even if fewer shards are missing. It sets the
+    # number of PyTorch's threads, which affects the last bits of sums, and a resumed stage must make the same parts.
     resources = reserved.of_actors(scale, scale.worker_range[0])
     if alone.here() is not None:
         yield from (alone.call(in_warm_process, (request, item), resources["num_cpus"]) for item in items)
         return
-    # Imported here: it takes a second, and workers read this file too.
+    # Imported here, because the import takes a second and workers import this module, too.
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # Not more workers than shards: each would load the model for nothing.
+    # At most one worker for each shard, because a worker without a shard would load the model for nothing.
     low, high = (min(workers, len(missing)) for workers in scale.worker_range)
     cpus, gpus = resources["num_cpus"], resources["num_gpus"]
-    # A block for each shard: Ray Data would otherwise put several into one task, and a death would repeat all of them.
+    # One block for each shard. Otherwise Ray Data may put several shards into one task, and a death would repeat all of them.
     source = ray.data.from_items(items, override_num_blocks=len(items))
-    # A task's process stays: with a GPU it would hold its memory, and its device when Ray gives it another one.
+    # With a GPU, actors are used even with `scale.warm`: the process of a task stays and would keep the GPU's memory, and its
+    # device even when Ray assigns another one to the next task.
     if scale.warm and not gpus:
         lines = source.map(
             partial(in_warm_process, request), compute=ray.data.TaskPoolStrategy(high), num_cpus=cpus, num_gpus=gpus
@@ -167,7 +175,7 @@ def _lines(request: Request, missing: list[Planned], scale: ScaleConfig) -> Iter
         lines = source.map(
             Worker,  # type: ignore[arg-type]
             fn_constructor_args=(request,),
-            # Two tasks for each actor: the next shard waits there while the actor works on the first, so that it never idles.
+            # Two tasks in flight for each actor, so that the next shard waits at the actor, and the actor is never idle.
             compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
             num_cpus=cpus,
             num_gpus=gpus,
@@ -175,6 +183,6 @@ def _lines(request: Request, missing: list[Planned], scale: ScaleConfig) -> Iter
     yield from lines.iter_rows()
 
 
-_LINE: TypeAdapter[Done | Failure] = TypeAdapter(Done | Failure)
+_RESULT: TypeAdapter[Done | Failure] = TypeAdapter(Done | Failure)
 _ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "OSError": StoreError, "RuntimeError": RuntimeError}
-"""Exceptions that the driver raises, by the kind of the failure."""
+"""Kind of a failure -> exception that the driver raises."""
