@@ -114,8 +114,8 @@ class _Training:
             evaluates = self.start.validation is not None and due
             if evaluates:
                 metrics |= self._evaluation()
-            # Checked before a checkpoint is written, so that no run resumes from weights that are NaN. All ranks raise together,
-            # because the metrics are sums over all of them.
+            # Checked before a checkpoint is written, so that no run resumes from weights that are NaN. All ranks raise
+            # together, because the metrics are sums over all of them.
             _check_finite(metrics)
             # Part of every checkpoint, so that metrics.jsonl of the artifact has each step once even after a kill.
             self.history.append(metrics)
