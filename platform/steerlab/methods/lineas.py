@@ -16,13 +16,11 @@ of all later ones:
 difference.
 
 Departures from the authors' code (apple/ml-lineas):
-- by default the loss is that of the paper, a mean over samples and a sum over neurons and places. `reduction: code` gives the
-  loss of the authors' code, a sum over samples and means over neurons and places; the published learning rate of SGD, 0.1,
-  belongs to it;
+- the default loss is the paper's, a mean over samples and a sum over neurons and places. The loss of the authors' code, a sum
+  over samples and means over neurons and places, is `reduction: code`; SGD's published learning rate of 0.1 belongs to it;
 - batches and target sets of unequal size are matched exactly by their quantile functions, without random trimming;
 - the model's weights need no gradients, and the forward pass stops after the last measured place;
-- with several workers the distribution is that of the whole batch: each worker gathers the pooled values of all workers, and
-  only its own values carry gradients;
+- with several workers, each gathers the pooled values of the whole batch, of which only its own carry gradients;
 - `refit_from` fixes each w and b that the penalty has set to the identity exactly there; Adam's moments cannot move it.
 
 The proximal step uses the learning rate as its step size, as in the authors' code. This is exact for SGD, but with Adam it is
@@ -84,8 +82,7 @@ class Config(SteeringConfig):
     """A neuron counts as steered if |w - 1| or |b| exceeds this."""
     # The proximal step also shrinks the parameters that it does not set to zero; without the penalty they can reach the target.
     refit_from: int | None = Field(None, ge=1)
-    """Step from which the penalty is off, and every scale or shift within `threshold` of the identity is fixed there; null:
-    never."""
+    """Step from which the penalty is off and scales and shifts within `threshold` of the identity are fixed; null: never."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -226,8 +223,7 @@ class Lineas(PatchAlone):
                 # Adam moves an entry by its moments of earlier steps even if its gradient is zero now.
                 _set_to_identity(layer, self._zeros[number])
             elif self.config.gamma:
-                # Every worker computes the step itself: all hold equal maps, so all get the same result.
-                # The step size is the learning rate (module docstring).
+                # Every worker computes the step itself, with the same result, since all hold equal maps.
                 l1_21, group_21 = (lr * weight_21.to(layer.scale) for weight_21 in self.config.penalty_21)
                 moved_2D = proximal(_moved(layer), l1_21, group_21)
                 # The penalty pulls w to 1 and b to 0: v is w - 1, and w is written back as 1 + v.
@@ -283,10 +279,7 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
     if job.train.micro_batch < MIN_SAMPLES:
         raise ValueError(f"train.micro_batch {job.train.micro_batch}: a distribution needs {MIN_SAMPLES} samples or more")
     if job.data.validation is not None:
-        raise ValueError(
-            "data.validation: the loss of method lineas compares whole distributions, so it is not a mean over batches; "
-            "remove this data set and evaluate tasks instead"
-        )
+        raise ValueError("data.validation: the loss of method lineas compares whole distributions; evaluate tasks instead")
     if job.scale.zero_stage:
         raise ValueError(
             f"scale.zero_stage {job.scale.zero_stage}: method lineas trains small maps on a frozen model, whose optimizer "

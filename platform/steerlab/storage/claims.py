@@ -1,4 +1,4 @@
-"""Claims: exclusive rights among all processes that use one ROOT, to compute or remove a stage or to drive a sweep.
+"""Claims: exclusive rights among all processes that use one ROOT: to compute a stage, to remove it, or to drive a sweep.
 
 The processes may be on one machine or on several, in one Ray cluster, in several or in none, with clocks that differ. The
 holders of a claim take turns, which are numbered. Each turn has two files:

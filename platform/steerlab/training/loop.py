@@ -1,8 +1,8 @@
 """The training loop of every method. It does not use Ray and does not name a method.
 
 The rows of step t depend only on (number of rows, seed, t), the learning rate on t, and the random state on (seed, t, rank). A
-checkpoint therefore holds no state of a sampler, a scheduler or a random generator: only the engine's state, the step, the
-metrics of all steps so far and the snapshots. The number of workers does not change which rows a step has (schedule.py).
+checkpoint holds the engine's state, the step, the metrics of all steps so far and the snapshots, but no state of a sampler,
+scheduler or random generator. The number of workers does not change which rows a step has (schedule.py).
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ class _Training:
         self.start, self.request, self.module, self.rows = start, start.request, start.module, start.rows
         parameters = trained_parameters(self.module).values()
         self.num_trained = sum(p.numel() for p in parameters)
-        # The dtype of the trained parameters decides, not the model's: a patch on a bfloat16 model trains in float32, and needs
-        # no float32 copies in the optimizer.
+        # Decided by the trained parameters: a patch on a bfloat16 model trains in float32, without copies in the optimizer.
         dtype = "bfloat16" if any(p.dtype == torch.bfloat16 for p in parameters) else "float32"
         self.engine = Engine(
             self.module, self.request.train, self.scale, dtype, self.link.rank, self.link.world_size, self.link.device
@@ -115,11 +114,10 @@ class _Training:
             evaluates = self.start.validation is not None and due
             if evaluates:
                 metrics |= self._evaluation()
-            # Checked before a checkpoint is written, or a resumed run would continue from weights that are NaN. The metrics are
-            # sums over all ranks, so all ranks raise together, and none is left waiting for another.
+            # Checked before a checkpoint is written, so that no run resumes from weights that are NaN. All ranks raise
+            # together, because the metrics are sums over all of them.
             _check_finite(metrics)
-            # Kept in memory and in every checkpoint, so that the artifact's metrics.jsonl has every step once even if the
-            # training was killed.
+            # Part of every checkpoint, so that metrics.jsonl of the artifact has each step once even after a kill.
             self.history.append(metrics)
             if self.step in train.snapshots:
                 weights = self.engine.weights("patch.", masters=True)
@@ -139,7 +137,7 @@ class _Training:
         # Counts the targets of the whole step, not of this rank's share, so that every rank divides by the same number.
         num_targets = sum(self.module.counts(self.rows.rows[row], self.start.data.loss_on) for row in rows)
         lr = learning_rate(train, step)
-        # Called before the first pass, in which a gradual rotation (ASIDE) already uses this step's angle.
+        # Called before the first pass, which a gradual rotation (ASIDE) already computes with this step's angle.
         self.module.on_step(step, min(train.num_steps, len(self.rows.rows) / train.rows_per_step))
         # The learning rate is set before the first pass, because the last `engine.backward` of the step updates the weights.
         self.engine.start_step(lr)
@@ -162,8 +160,7 @@ class _Training:
         losses = {f"train/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
         self.step += 1
         metrics: dict[str, float] = {"step": self.step, **losses, "train/lr": lr}
-        # A skipped step keeps its number, and its rows are not used again, so a resumed run skips the same steps. NaN metrics
-        # are dropped, because a checkpoint accepts finite numbers only.
+        # A skipped step counts, so a resumed run skips the same ones. A checkpoint accepts only finite metrics.
         if self.fault is not None and bad_steps.num_skipped(self.history) < train.skip_steps:
             return {**{name: value for name, value in metrics.items() if math.isfinite(value)}, bad_steps.SKIPPED: 1.0}
         metrics["train/grad_norm"] = self.engine.grad_norm
@@ -175,10 +172,7 @@ class _Training:
     def _accepts(self, before: Tensor | None, num_targets: float, last: Tensor) -> bool:
         """Return whether the step may update the weights; all ranks call it.
 
-        Args:
-            before: summed loss of this rank's passes before the last one; None if there is only one.
-            num_targets: number of targets of the whole step.
-            last: summed loss of this rank's last pass.
+        `last` is the summed loss of this rank's last pass, `before` that of its earlier passes, None if there are none.
         """
         loss = last if before is None else before + last
         # The sums over all ranks are the same on each, so all ranks decide alike: none waits in a step that another one skips.
@@ -230,8 +224,7 @@ class _Training:
         size = self.request.train.micro_batch
         chunks = [range(len(rows))[i : i + size] for i in range(0, len(rows), size)]
         mine = chunks[self.link.rank :: self.link.world_size]
-        # Under ZeRO 3 a forward pass gathers weights from all ranks, so every rank must run the same number of passes. A rank
-        # with fewer chunks runs the first chunk once more and does not count it.
+        # Under ZeRO 3 each pass gathers weights from all ranks, so a rank with fewer chunks repeats the first, uncounted.
         num_repeats = -(-len(chunks) // self.link.world_size) - len(mine)
         totals: dict[str, Tensor] = {}
         for number, chunk in enumerate([*mine, *[chunks[0]] * num_repeats]):
@@ -251,8 +244,7 @@ class _Training:
         self.engine.save(directory, {"step": self.step, "history": self.history})
         if self.link.rank == 0 and self.snapshots:
             save_file(self.snapshots, directory / _SNAPSHOTS)
-            # safetensors makes files that only their owner can read, but another user may continue this training.
-            files.share(directory, like=directory / checkpoints.META)
+            files.share(directory, like=directory / checkpoints.META)  # another user may continue this training
         self.link.report(metrics, directory)
         self.saved = self.step
 
