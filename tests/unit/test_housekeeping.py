@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from steerlab.cli import app
 from steerlab.run import cleaning, inventory
-from steerlab.storage import plan
+from steerlab.storage import claims, plan
 from steerlab.storage.plan import Stage
 from steerlab.storage.store import Store
 from steerlab.sweeps import results
@@ -24,7 +24,7 @@ from steerlab.sweeps import results
 @pytest.fixture(params=["local", "objects"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setenv("STEERLAB_CACHE", str(tmp_path / "cache"))
-    return Store.open(str(tmp_path / "root") if request.param == "local" else "mock:///bucket/root")
+    return Store.open(str(tmp_path / "root") if request.param == "local" else f"memory://{tmp_path.name}")
 
 
 @pytest.fixture
@@ -146,6 +146,20 @@ def test_what_a_process_works_on_stays(local: Store, elsewhere: Callable[[str], 
     assert not cleaning.leftovers(local).work
     assert cleaning.remove(local, free).work == 0
     assert inventory.take(local).work
+
+
+def test_what_is_claimed_between_the_look_and_the_removal_stays(store: Store) -> None:
+    """On a disk and in a bucket: another run makes the artifact again, or continues the training."""
+    busy, gone = stage("train", 1), stage("train", 2)
+    for one in (busy, gone):
+        made(store, one)
+        store.write_json(f"work/train/{one.key}/checkpoints/x", {})
+    leftovers = cleaning.leftovers(store)
+    assert len(leftovers.artifacts) == 2
+    with claims.hold(store, f"train-{busy.key}", wait=True):
+        removed = cleaning.remove(store, leftovers)
+    assert removed.artifacts == 1
+    assert store.sizes(f"artifacts/train/{busy.key}") and not store.sizes(f"artifacts/train/{gone.key}")
 
 
 def test_a_directory_without_a_manifest_goes_on_a_disk_and_stays_in_a_bucket(store: Store) -> None:

@@ -186,3 +186,12 @@ def test_medians_leave_out_items_without_weight() -> None:
     values = np.array([[1.0, 2.0, 9.0, 100.0]])
     assert paired._medians(values * weights, weights) == pytest.approx([2.0])
     assert paired._medians((values * weights)[:, :3], weights[:, :3]) == pytest.approx([2.0])
+
+
+def test_resamples_without_weight_of_both_runs_are_named() -> None:
+    """Each run counts one item alone, and another one: most resamples hold only one of them."""
+    a, b = ([Observation("t/m", str(i), 1.0, float(i == counts)) for i in range(2)] for counts in (0, 1))
+    seed = next(seed for seed in range(50) if set(np.random.default_rng(seed).integers(0, 2, (1, 2))[0]) != {0, 1})
+    with pytest.raises(ValueError, match="none of 1 resamples holds items with weight of both runs: of 2 shared items too few"):
+        paired.paired_difference(a, b, num_resamples=1, seed=seed)
+    assert paired.paired_difference(a, b, num_resamples=100).n == 2

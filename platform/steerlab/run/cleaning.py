@@ -76,9 +76,6 @@ def remove(store: Store, leftovers: Leftovers) -> Removed:
 
 def _alone(store: Store, address: Address, act: Callable[[str, str], None]) -> bool:
     """Do something to a stage that no process computes; return whether it was done."""
-    if not store.is_local:
-        act(*address)
-        return True
     try:
         with claims.hold(store, "-".join(address), wait=False):
             act(*address)

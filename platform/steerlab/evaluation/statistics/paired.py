@@ -51,7 +51,7 @@ def paired_difference(
 
     Raises:
         ValueError: an id occurs twice in a run, no item has a value in both runs, all weights of a run are 0 on the shared
-            items, or the transform is unknown.
+            items or in every resample, or the transform is unknown.
     """
     by_id_a, by_id_b = _by_id(a), _by_id(b)
     # An item without a value in one run is dropped from both runs, because a paired difference needs both values.
@@ -68,6 +68,11 @@ def paired_difference(
         raise ValueError(f"one of the two runs scored none of the {len(shared)} shared items: all its weights are 0")
     difference = _differences(products_2N, weights_2N, transform)
     draws_R = _bootstrap(products_2N, weights_2N, transform, num_resamples, np.random.default_rng(seed))
+    if not len(draws_R):
+        raise ValueError(
+            f"none of {num_resamples} resamples holds items with weight of both runs: of {len(shared)} shared items too few "
+            "count for the metric"
+        )
     # Percentiles of the differences are taken. Comparing the intervals of the two runs would ignore that they share items.
     low, high = np.quantile(draws_R, [0.025, 0.975])
     return Difference(float(difference), float(low), float(high), len(shared))
