@@ -138,7 +138,7 @@ def test_a_head_scores_the_models_own_states(
     for _ in range(output.num_tokens):
         ids.append(int(naive_scores(base, reward, ids, 1.0).argmax()))
     assert encoder.decode(ids[len(start) :]) == output.text
-    with pytest.raises(CannotFold, match="no weight of the model"):
+    with pytest.raises(CannotFold, match="not a weight of the model"):
         loaded.fold(base, 1.0)
 
 

@@ -235,7 +235,7 @@ def test_a_folded_head_is_the_dual_head_and_loads_in_plain_transformers(
 
 @pytest.mark.parametrize("settings", HEADS[2:], ids=["mlp", "layer"])
 def test_other_heads_do_not_fold(settings: dict[str, Any], tiny_model: PreTrainedModel) -> None:
-    with pytest.raises(CannotFold, match="no linear function of what the language modelling head takes"):
+    with pytest.raises(CannotFold, match="not a linear function of the input of the language modelling head"):
         module(tiny_model, **settings).patch.fold(tiny_model, 1.0)
 
 
@@ -244,7 +244,7 @@ def test_the_saved_patch_warns_of_alphas_that_it_is_not_made_for(tiny_dir: Path,
     loaded = patches.load(tmp_path)
     assert (loaded.head, loaded.rank, loaded.layer, loaded.strength_range) == ("mlp", 6, 1, (0.0, 2.0))
     steered = SteeredModel(models.load_model(tiny_dir, seed=0), encoder, (loaded,))
-    with pytest.warns(UserWarning, match=r"strengths \[3.0\] lie outside of \[0.0, 2.0\]"):
+    with pytest.warns(UserWarning, match=r"strengths \[3.0\] are outside of \[0.0, 2.0\]"):
         steered.check_strengths((1.0, 3.0))
 
 

@@ -152,7 +152,7 @@ def test_fits_on_one_extraction_and_a_stack_of_two(cluster: None, store: Store, 
 
 def test_a_fit_of_what_says_nothing_is_refused_with_the_reason(cluster: None, store: Store, tmp_path: Path) -> None:
     data = {**DATA, "target": {**DATA["target"], "equals": {"label": "sea"}, "limit": None, "offset": 10**6}}  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match=r"tiny:topics/train: no rows are left; .*offset is 1000000"):
+    with pytest.raises(ValueError, match=r"tiny:topics/train: no rows remain; .*offset is 1000000"):
         do(store, {**LINEAS, "method": {"name": "aura"}, "train": None, "data": data}, tmp_path)
 
 

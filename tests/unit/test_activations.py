@@ -131,7 +131,7 @@ def test_several_poolings_have_a_column_each(tmp_path: Path) -> None:
     )
     found = Activations.open(directory)
     assert found.column("m", "last").tolist() == [[3, 4]]
-    with pytest.raises(ValueError, match="say which pooling of m is meant: mean, last"):
+    with pytest.raises(ValueError, match="choose one pooling of m: mean, last"):
         found.column("m")
     with pytest.raises(ValueError, match="holds no 'm' with pooling max; modules: m; pooling: mean, last"):
         found.column("m", "max")

@@ -37,17 +37,17 @@ OTHERS = [
     "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu", "zaya",
 ]  # fmt: skip
 REFUSED = {
-    "bert": "whose tokens see those after them; the config of a decoder says is_decoder: true",
-    "roberta": "whose tokens see those after them; the config of a decoder says is_decoder: true",
-    "t5": "holds a T5, which is no causal language model: it has an encoder and a decoder",
-    "bart": "holds a Bart, which is no causal language model: it has an encoder and a decoder",
-    "vit": "holds a ViT, which is no causal language model",
-    "clip": "holds a CLIP, which is no causal language model",
-    "xlm": "whose tokens see those after them; the config of a decoder says is_decoder: true",
-    "xlnet": "holds a XLNet, which is no causal language model: its tokens see those after them",
-    "cpmant": "holds a CpmAnt, which is no causal language model: its tokens see those after them",
-    "reformer": "holds a Reformer, which is no causal language model: its attention needs rows of fixed lengths",
-    "blip": "holds a BlipForConditionalGeneration, which reads no text without pixel_values",
+    "bert": "whose tokens see those after them; the config of a decoder has is_decoder: true",
+    "roberta": "whose tokens see those after them; the config of a decoder has is_decoder: true",
+    "t5": "holds a T5, which is not a causal language model: it has an encoder and a decoder",
+    "bart": "holds a Bart, which is not a causal language model: it has an encoder and a decoder",
+    "vit": "holds a ViT, which is not a causal language model",
+    "clip": "holds a CLIP, which is not a causal language model",
+    "xlm": "whose tokens see those after them; the config of a decoder has is_decoder: true",
+    "xlnet": "holds a XLNet, which is not a causal language model: its tokens see those after them",
+    "cpmant": "holds a CpmAnt, which is not a causal language model: its tokens see those after them",
+    "reformer": "holds a Reformer, which is not a causal language model: its attention needs rows of fixed lengths",
+    "blip": "holds a BlipForConditionalGeneration, which needs further inputs: pixel_values",
 }
 TEXTS = ("give the topic", "say red and give the topic of lamp lamp", "lamp")
 NEW_TOKENS = 6

@@ -133,7 +133,7 @@ def test_a_checkpoint_has_a_card_and_still_loads(run: tuple[Store, str], tmp_pat
     [
         (["--approximate"], "--approximate is about vectors"),
         (["--format", "peft", "--approximate"], "only the vectors of gguf and easysteer can approximate"),
-        (["--format", "peft"], "a patch of kind activation changes no weights"),
+        (["--format", "peft"], "a patch of kind activation does not change weights"),
         (["--push", "noowner"], "a repository of the hub is called OWNER/NAME"),
         (["--push", "../../etc/passwd"], "a repository of the hub is called OWNER/NAME"),
     ],
@@ -221,7 +221,7 @@ def test_nothing_is_sent_without_the_option(run: tuple[Store, str], tmp_path: Pa
 def test_a_hub_that_refuses_leaves_the_folder(run: tuple[Store, str], tmp_path: Path, stand_in: Hub, status: int) -> None:
     stand_in.status = status
     output = exported(run, tmp_path / "out", "--format", "gguf", "--push", "owner/calm", code=2)
-    assert f"the hub at {stand_in.url} did not take it" in output.replace("\n", " ")
+    assert f"the hub at {stand_in.url} did not accept it" in output.replace("\n", " ")
     assert (tmp_path / "out/vector.gguf").is_file()
 
 
@@ -229,5 +229,5 @@ def test_a_hub_that_is_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:9")
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match=r"is written, but the hub at http://127\.0\.0\.1:9 did not take it"):
+    with pytest.raises(ValueError, match=r"is written, but the hub at http://127\.0\.0\.1:9 did not accept it"):
         publishing.push(tmp_path / "out", "owner/calm")

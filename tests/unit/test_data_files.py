@@ -64,7 +64,7 @@ def test_a_compressed_file_is_read_as_the_plain_one(tmp_path: Path, kind: str, s
 @pytest.mark.parametrize("suffix", PACK)
 def test_an_archive_that_is_not_whole_is_named(tmp_path: Path, suffix: str) -> None:
     packed = PACK[suffix](LINES.encode() * 500)
-    with pytest.raises(SourceError, match=rf"a\.jsonl\{suffix} is damaged or not whole"):
+    with pytest.raises(SourceError, match=rf"a\.jsonl\{suffix} is damaged or incomplete"):
         texts(put(tmp_path, f"a.jsonl{suffix}", packed[:-5]))
 
 
@@ -128,7 +128,7 @@ def test_arrow_data_are_read(tmp_path: Path, is_file: bool) -> None:
 def test_of_several_lists_one_is_named(tmp_path: Path) -> None:
     source = put(tmp_path, "a.json", {"data": {"train": TWO, "test": [{"text": "three"}]}})
     with pytest.raises(
-        SourceError, match=r"holds 2 lists of objects, not one .*; say which with rows_at: data.train or data.test"
+        SourceError, match=r"holds 2 lists of objects, not one .*; choose one with rows_at: data.train or data.test"
     ):
         texts(source)
     assert texts(source, rows_at="data.test") == ["three"]
@@ -136,7 +136,7 @@ def test_of_several_lists_one_is_named(tmp_path: Path) -> None:
         SourceError, match=r"rows_at 'data.dev': a.json holds nothing there, .* lists of objects in it: data.train, data.t"
     ):
         texts(source, rows_at="data.dev")
-    with pytest.raises(SourceError, match=r"rows_at is about JSON and YAML; a.csv is neither"):
+    with pytest.raises(SourceError, match=r"rows_at applies to JSON and YAML; a.csv is neither"):
         texts(put(tmp_path, "a.csv", "text\none\n"), rows_at="data")
 
 
@@ -163,7 +163,7 @@ def test_columns_are_separated_as_the_ending_says(tmp_path: Path) -> None:
     headed = put(tmp_path, "headed.csv", "question,text\na,b\n")
     with pytest.raises(SourceError, match=r"headed.csv row 1 holds the names in `columns`: the file has a header of its own"):
         texts(headed, **names)
-    with pytest.raises(SourceError, match=r"columns name those of a text file without a header; a.json has names of its own"):
+    with pytest.raises(SourceError, match=r"columns are for a text file without a header; a.json has names of its own"):
         texts(put(tmp_path, "a.json", TWO), **names)
 
 
@@ -195,9 +195,9 @@ def test_columns_without_a_name_are_no_fields(tmp_path: Path) -> None:
         ("a.json", '{"a":' * 100_000, "a.json is nested too deeply"),
         ("a.jsonl", '{"text": "a", "n": ' + "9" * 5000 + "}", "a.jsonl line 1 is not JSON: Exceeds the limit"),
         ("a.csv", "text,text\na,b\n", r"a\.csv has two columns of the name 'text'"),
-        ("a.csv", 'text,n\n"never closed,1\nb,2\n', r"a\.csv line 3 is no row of a table"),
+        ("a.csv", 'text,n\n"never closed,1\nb,2\n', r"a\.csv line 3 is not a row of a table"),
         ("a.jsonl", '{"text": "a"}\n[1]\n', r"a\.jsonl row 2 is a list, not an object"),
-        ("a.jsonl.zip", "x", r"a\.jsonl\.zip is of no type that is read here"),
+        ("a.jsonl.zip", "x", r"a\.jsonl\.zip is not of a type that is read here"),
         ("a.json", {"art": "x", "n": 3}, r"a\.json holds 0 lists of objects, not one \(its keys: art, n\)"),
     ],
 )
@@ -209,14 +209,18 @@ def test_what_cannot_be_read_is_one_message(tmp_path: Path, name: str, content: 
 def test_rows_that_are_none_are_left_out_where_that_is_asked(tmp_path: Path) -> None:
     lines = '{"text": "a"}\n{"text":\n[1]\n{"text": 3}\n{"text": null}\n{"text": "half \\ud83d"}\n{"n": 1}\n{"text": "b"}\n'
     source = put(tmp_path, "a.jsonl", lines)
-    with pytest.raises(SourceError, match=r"line 2 is not JSON: .* \(skip_bad: true leaves such rows out\)"):
+    with pytest.raises(SourceError, match=r"line 2 is not JSON: .* \(skip_bad: true skips such rows\)"):
         texts(source)
-    with pytest.warns(UserWarning, match=r"a\.jsonl: 6 of 8 rows are bad, left out; the first: a\.jsonl line 2 is not JSON"):
+    with pytest.warns(
+        UserWarning, match=r"a\.jsonl: 6 of 8 rows are bad and were skipped; the first: a\.jsonl line 2 is not JSON"
+    ):
         assert texts(source, skip_bad=True) == ["a", "b"]
-    with pytest.warns(UserWarning, match="1 of 2 rows are bad, left out; the first: a.csv row 2 has another number of cells"):
+    with pytest.warns(
+        UserWarning, match="1 of 2 rows are bad and were skipped; the first: a.csv row 2 has another number of cells"
+    ):
         assert texts(put(tmp_path, "a.csv", "text,n\na,1\nb\n"), skip_bad=True) == ["a"]
     with pytest.raises(
-        ValueError, match=r"no rows are left; 1 were read, 0 pass .*; 1 are bad, the first: b\.jsonl row 1: field 'text'"
+        ValueError, match=r"no rows remain; 1 were read, 0 pass .*; 1 are bad, the first: b\.jsonl row 1: field 'text'"
     ):
         texts(put(tmp_path, "b.jsonl", {"text": [1]}), skip_bad=True)
 
@@ -248,9 +252,7 @@ def test_a_folder_of_shards_is_one_data_set_in_the_order_of_their_numbers(tmp_pa
 
 def test_a_folder_of_several_data_sets_is_not_mixed(tmp_path: Path) -> None:
     _shards(tmp_path, ["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"])
-    with pytest.raises(
-        SourceError, match=r"is a directory of 2 data sets: name one .*test-.*train-.* or those you mean by a pattern"
-    ):
+    with pytest.raises(SourceError, match=r"is a directory of 2 data sets: name one .*test-.*train-.* or several by a pattern"):
         texts(str(tmp_path))
     assert texts(str(tmp_path / "**" / "train-*")) == ["data/train-00000-of-00001.parquet"]
 
@@ -305,7 +307,7 @@ def bombs(folder: Path) -> Iterator[tuple[Path, str]]:
     (folder / "aliases.yaml").write_text(
         "a0: &a0 {x: [{t: 1}]}\n" + "".join(f"a{i}: &a{i} {{x: *a{i - 1}, y: *a{i - 1}}}\n" for i in range(1, 30))
     )
-    yield folder / "aliases.yaml", "aliases .* written out, are more than 1000000"
+    yield folder / "aliases.yaml", "aliases .* expanded, there are more than 1000000"
     (folder / "circle.yaml").write_text("a: &a {b: *a}\n")
     yield folder / "circle.yaml", r"circle\.yaml is not YAML: "
     (folder / "deep.yaml").write_text("[" * 5_000)

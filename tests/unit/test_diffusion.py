@@ -213,8 +213,8 @@ def test_a_nan_behind_the_denoiser_names_step_and_seed(digits_dir: Path) -> None
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
-        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "cannot take it in place of its DDIMScheduler"),
-        ({"scheduler": "EulerSchedule"}, "is no scheduler of diffusers; the pipeline's is DDIMScheduler"),
+        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "cannot use it instead of its DDIMScheduler"),
+        ({"scheduler": "EulerSchedule"}, "is not a scheduler of diffusers; the pipeline's is DDIMScheduler"),
         ({"steps": 1, "timesteps": [399]}, "DDIMScheduler takes a number of steps only"),
         ({"options": {"timestep_space": "trailing"}}, "options.timestep_space: DDIMScheduler has no such setting"),
         ({"size": [16, 16]}, "size: a PixelPipeline has no such setting"),
@@ -282,7 +282,7 @@ def test_a_class_is_a_prompt_of_a_pipeline_of_classes(tmp_path: Path) -> None:
     model = pipeline(tmp_path, guidance=2.0)
     images = drawn(model, what=[Drawing("three", 0, 64), Drawing("four", 0, 64)])[0]
     assert not torch.equal(images[0], images[1])
-    with pytest.raises(ValueError, match="'bold three' is no class of the model: zero, one"):
+    with pytest.raises(ValueError, match="'bold three' is not a class of the model: zero, one"):
         drawn(model, what=[Drawing("bold three", 0, 64)])
 
 
@@ -294,9 +294,9 @@ def test_a_word_that_the_model_does_not_know_is_refused(digits_dir: Path) -> Non
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
-        ({"steps": 2, "read": [2]}, "there is no step 2; the steps are 0 to 1"),
+        ({"steps": 2, "read": [2]}, "step 2 does not exist; the steps are 0 to 1"),
         ({"steps": 2, "timesteps": [999]}, "timesteps names 1"),
-        ({"steps": 4, "read": [0], "differentiate": [1]}, "none of the steps that are read"),
+        ({"steps": 4, "read": [0], "differentiate": [1]}, "give at least one of the steps in read"),
     ],
 )
 def test_steps_that_do_not_go_together_are_refused(sampler: dict[str, Any], message: str) -> None:

@@ -52,11 +52,11 @@ def test_a_subset_that_is_not_there_lists_those_that_are(path: Path, key: str) -
         (["method.steer.modules=words.*"], r"method.steer: .* only modules of words"),
         (
             ["model.sampler.scheduler=FlowMatchEulerDiscreteScheduler"],
-            r"sampler.scheduler FlowMatch.*: the pipeline cannot take it in place of its DDIMScheduler; it takes .*DDIM",
+            r"sampler.scheduler FlowMatch.*: the pipeline cannot use it instead of its DDIMScheduler; it can use .*DDIM",
         ),
-        (["model.sampler.scheduler=EulerSchedule"], "is no scheduler of diffusers"),
-        (["model.sampler.read=[8]"], "read: there is no step 8; the steps are 0 to 7"),
-        (["model.kind=causal_lm"], "sampler is about drawing images"),
+        (["model.sampler.scheduler=EulerSchedule"], "is not a scheduler of diffusers"),
+        (["model.sampler.read=[8]"], "read: step 8 does not exist; the steps are 0 to 7"),
+        (["model.kind=causal_lm"], "sampler applies to drawing images"),
         (["data.source.format=instruction"], "data.source: "),
         (["extract.pooling=[none]"], "pooling"),
         (

@@ -293,7 +293,7 @@ def test_every_strength_and_batch_size_has_its_rows(steered: SteeredModel) -> No
 def test_a_model_without_a_patch_stands_beside_itself(tiny_model: PreTrainedModel, encoder: Encoder) -> None:
     plain = SteeredModel(tiny_model, encoder)
     assert summarise_all(efficiency.run(plain, config(repeats=1)))[1.0]["efficiency/decode_ratio_batch_2"].n == 1
-    with pytest.raises(ValueError, match="carries no patch to scale"):
+    with pytest.raises(ValueError, match="has no patch to scale"):
         efficiency.run(plain, config(strengths=(0.5,)))
 
 

@@ -154,7 +154,7 @@ def test_pairs_that_do_not_fit_are_counted(tiny_model: PreTrainedModel, encoder:
 def test_other_rows_and_strengths_are_refused(tiny_model: PreTrainedModel, encoder: Encoder) -> None:
     with pytest.raises(ValueError, match=r"set pairs\.format to preference, not instruction"):
         Config(pairs=DataSet(source="tiny:instructions/test"))
-    with pytest.raises(ValueError, match="carries no patch to scale"):
+    with pytest.raises(ValueError, match="has no patch to scale"):
         run(SteeredModel(tiny_model, encoder), Config(pairs=PAIRS, strengths=(0.5,)))
     assert Config().pairs.source == preference.PAIRS and Config().pairs.offset == 240
 

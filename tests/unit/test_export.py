@@ -121,7 +121,7 @@ def test_plain_diffusers_draws_what_the_patched_pipeline_draws(
         ("digits", NORMS, {"steps": 2, "guidance": 2.0}, r"at guidance 2 the half without a prompt is not steered"),
         ("sd", r"unet\..*resnets\.\d", {"steps": 1}, "is a ResnetBlock2D: only the map of a linear layer, a convolution or a"),
         ("sd", r"unet\..*to_q", {"steps": 1}, r"to_q has no bias, and the config of .* cannot give it one"),
-        ("dit", r".*blocks\.\d\.norm3", {"steps": 1}, "norm3 is a LayerNorm without weights: its map has no place"),
+        ("dit", r".*blocks\.\d\.norm3", {"steps": 1}, "norm3 is a LayerNorm without weights that could hold the map"),
         (
             "flux",
             r"transformer\..*blocks\.\d:1",
@@ -174,10 +174,10 @@ def test_weights_that_are_not_the_patched_pipeline_are_not_exported(
     artifact = left(tmp_path / "left", bases["digits"], NORMS, {"steps": 2})
     monkeypatch.setattr(models, "fold_affine", lambda *_: None)
     written = export.write(artifact, tmp_path / "out", strength=1.0, loading={})
-    assert re.search(r"the patch is off by 0\.\d+, where all that it does is 0\.\d+", written.reason or "")
+    assert re.search(r"the patch has an error of 0\.\d+, and its whole effect is 0\.\d+", written.reason or "")
     assert torch.equal(drawn(load(tmp_path / "out"), PROMPT), drawn(stacks.load(artifact), PROMPT))
     monkeypatch.setattr(patches.ActivationPatch, "tensors", lambda self: {n: 2 * v for n, v in self.state_dict().items()})
-    with pytest.raises(ValueError, match=r"nothing was exported: what was saved differs by 0\.\d+ from the patched model"):
+    with pytest.raises(ValueError, match=r"nothing was exported: the saved model differs by 0\.\d+ from the patched model"):
         export.write(artifact, tmp_path / "broken", strength=1.0, loading={})
     assert not (tmp_path / "broken").exists()
 
@@ -267,7 +267,7 @@ def test_side_by_side_leaves_the_files_of_the_tasks(bases: dict[str, Path], tmp_
     found = np.asarray(Image.open(io.BytesIO(shown.files["1.000_2.000/3.png"])))
     assert np.abs(found - 255 * expected[0].numpy()).max() <= 0.51
     assert np.array_equal(found, np.asarray(model.picture(PROMPT, seed=3)))
-    with pytest.raises(ValueError, match="max-new-tokens means nothing to a pipeline, which takes seed, guidance"):
+    with pytest.raises(ValueError, match="max-new-tokens has no meaning for a pipeline, which accepts seed, guidance"):
         model.side_by_side(Asked(PROMPT, max_new_tokens=3))
 
 
@@ -276,7 +276,7 @@ KINDS = {"sheet": "png", "strengths": "gif"}
 
 def test_guidance_means_nothing_to_a_language_model(tiny_model: Any, encoder: Encoder) -> None:
     model = SteeredModel(tiny_model, encoder)
-    with pytest.raises(ValueError, match="guidance means nothing to a language model, which takes data, max_new_tokens"):
+    with pytest.raises(ValueError, match="guidance has no meaning for a language model, which accepts data, max_new_tokens"):
         model.side_by_side(Asked("give the topic", guidance=(2.0,)))
     shown = model.side_by_side(Asked("give the topic", data="lamp", max_new_tokens=2))
     assert len(shown.outputs) == 1 and shown.files == {}

@@ -62,7 +62,7 @@ def test_weights_that_lose_a_small_effect_are_not_exported(base: Path, tmp_path:
     artifact = left(tmp_path / "left", base, mapped(base, r".*down_proj", 1e-4))
     monkeypatch.setattr(models, "fold_affine", lambda *_: None)
     written = export.write(artifact, tmp_path / "out", strength=1.0, loading={})
-    assert written.reason is not None and "in the weights, the patch is off by" in written.reason
+    assert written.reason is not None and "merged into the weights, the patch has an error of" in written.reason
     assert len(stacks.load(tmp_path / "out").patches) == 1
 
 

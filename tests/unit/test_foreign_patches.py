@@ -195,16 +195,16 @@ F = np.float32
         (lambda path: repeng(path, {1: np.array([np.inf] * WIDTH, F)}), "is NaN or infinite"),
         (lambda path: repeng(path, {1: np.zeros((2, WIDTH), F)}), r"direction\.1 is F32 of shape \[32, 2\], not a vector"),
         (lambda path: repeng(path, {1: np.zeros(WIDTH, np.int32)}), r"direction\.1 is I32 of shape"),
-        (lambda path: repeng(path, {"direction.-1": np.zeros(WIDTH, F)}), r"'direction\.-1' is no direction\.N"),
-        (lambda path: repeng(path, {"direction.01": np.zeros(WIDTH, F)}), r"'direction\.01' is no direction\.N"),
-        (lambda path: repeng(path, {"token_embd.weight": np.zeros(WIDTH, F)}), "'token_embd.weight' is no direction"),
-        (lambda path: repeng(path, {1: np.zeros(WIDTH, F)}, architecture="llama"), "is no control vector: its architecture"),
+        (lambda path: repeng(path, {"direction.-1": np.zeros(WIDTH, F)}), r"'direction\.-1' is not direction\.N"),
+        (lambda path: repeng(path, {"direction.01": np.zeros(WIDTH, F)}), r"'direction\.01' is not direction\.N"),
+        (lambda path: repeng(path, {"token_embd.weight": np.zeros(WIDTH, F)}), "'token_embd.weight' is not direction"),
+        (lambda path: repeng(path, {1: np.zeros(WIDTH, F)}, architecture="llama"), "is not a control vector: its architecture"),
         (lambda path: repeng(path, {}), "holds no direction"),
-        (_torn, r"cannot be read: it says that its tensors have 128 bytes up to 128; "),
-        (_claiming, "cannot be read: it says that its tensors have 4,398,046,511,104 bytes"),
+        (_torn, r"cannot be read: it claims that its tensors have 128 bytes up to 128; "),
+        (_claiming, "cannot be read: it claims that its tensors have 4,398,046,511,104 bytes"),
         (_twice, "'direction.1' twice"),
         (lambda path: path.write_bytes(b"GGUF"), "cannot be read: it has 4 bytes"),
-        (lambda path: path.write_text("not a file of this kind at all"), "is no GGUF file"),
+        (lambda path: path.write_text("not a file of this kind at all"), "is not a GGUF file"),
     ],
 )
 def test_what_a_stranger_may_give_for_a_vector(
@@ -219,7 +219,7 @@ def test_what_a_stranger_may_give_for_a_vector(
     ("name", "message"),
     [
         ("nothing.gguf", "does not exist: a patch is a control vector"),
-        ("notes.txt", "is no patch: that is a control vector"),
+        ("notes.txt", "is not a patch: give a control vector"),
         ("empty", "holds neither: a patch is a control vector"),
         ("two", "holds 2 GGUF files"),
     ],
@@ -241,7 +241,7 @@ def _scaled(names: list[str], by: float) -> ActivationPatch:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda names: _scaled(names, 1.1), r"scales 32 of 32 neurons, which adding a vector cannot; --approximate writes"),
+        (lambda names: _scaled(names, 1.1), r"scales 32 of 32 neurons, which an added vector cannot do; --approximate writes"),
         (
             lambda names: ActivationPatch.from_maps({names[1]: LowRankMap.without(draw(WIDTH))}, Selection(modules="x")),
             "is of kind low_rank, not a vector that is added; --approximate",
@@ -251,13 +251,13 @@ def _scaled(names: list[str], by: float) -> ActivationPatch:
                 {names[1]: AffineMap(torch.ones(WIDTH), draw(WIDTH), -torch.ones(WIDTH), torch.ones(WIDTH))},
                 Selection(modules="x"),
             ),
-            "acts within bounds alone, .*--approximate",
+            "acts only within bounds, .*--approximate",
         ),
         (
             lambda names: ActivationPatch.from_maps(
                 {names[1]: AffineMap.shift(draw(WIDTH))}, Selection(modules="x", phases=("generation",))
             ),
-            "acts on some tokens alone .* without --format, export writes a checkpoint",
+            "acts only on some tokens .* without --format, export writes a checkpoint",
         ),
         (
             lambda names: ActivationPatch.from_maps(
@@ -269,7 +269,7 @@ def _scaled(names: list[str], by: float) -> ActivationPatch:
             lambda names: ActivationPatch.from_maps({f"{names[1]}.mlp": AffineMap.shift(draw(WIDTH))}, Selection(modules="x")),
             r"acts at model\.layers\.1\.mlp, and a control vector is added to outputs of decoder layers",
         ),
-        (lambda names: patches.EmbeddingPatch(WIDTH, 1.0), "a patch of kind embedding adds no vector"),
+        (lambda names: patches.EmbeddingPatch(WIDTH, 1.0), "a patch of kind embedding does not add a vector"),
     ],
 )
 def test_what_is_no_vector_is_refused_with_the_reason(
@@ -298,7 +298,7 @@ def test_an_approximation_says_its_error(llama: Path, tmp_path: Path) -> None:
     """The mean of what a map adds: exact for the part that is the same everywhere, wrong by the rest, which is said."""
     artifact = left(tmp_path / "left", llama, _scaled(layers_of(llama), 1.02))
     note = foreign_formats.write(artifact, tmp_path / "out", "gguf", strength=1.0, loading={}, approximate=True).note
-    match = re.search(r"off by ([0-9.e-]+) nats a token, where the patch moves them by ([0-9.e-]+)", note or "")
+    match = re.search(r"the error is ([0-9.e-]+) nats a token, and the patch moves them by ([0-9.e-]+)", note or "")
     assert match is not None
     expected = stacks.load(artifact)
     found = load(llama, patch=tmp_path / "out", prompt=PLAIN)
@@ -314,7 +314,7 @@ def test_a_vector_that_is_no_better_than_none_is_not_written(
     artifact = left(tmp_path / "left", llama, _scaled(layers_of(llama), 1.02))
     away = {1: 40 * torch.ones(WIDTH)}
     monkeypatch.setattr(foreign_formats, "mean_moves", lambda *_: away)
-    with pytest.raises(ValueError, match=r"the nearest vectors are off by .* nats, and all that the patch does is"):
+    with pytest.raises(ValueError, match=r"the nearest vectors have an error of .* nats, the patch an effect of"):
         foreign_formats.write(artifact, tmp_path / "out", "gguf", strength=1.0, loading={}, approximate=True)
     assert not (tmp_path / "out").exists()
 
@@ -414,7 +414,7 @@ A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
         (lambda f: _config(f, modules_to_save=["lm_head"]), "modules_to_save is more than"),
         (lambda f: _config(f, r=0), "adapter_config.json is damaged: r"),
         (lambda f: _config(f, r="x"), "adapter_config.json is damaged: r"),
-        (lambda f: _config(f, r=3), "has rank 4; adapter_config.json says 3"),
+        (lambda f: _config(f, r=3), "has rank 4; adapter_config.json has 3"),
         (lambda f: _config(f, alpha_pattern={"(": 3.0}), "is not a regular expression"),
         (lambda f: (f / adapters.CONFIG).write_text("{"), "adapter_config.json is not JSON"),
         (
@@ -425,8 +425,8 @@ A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
         (lambda f: _tensors(f, lambda t: t.pop(A)), "lacks one of its two matrices"),
         (lambda f: _tensors(f, lambda t: t[A].fill_(torch.nan)), "holds a value that is NaN"),
         (lambda f: _tensors(f, lambda t: t.update({A: torch.zeros(4, 31)})), r"has matrices of shapes \(32, 4\) and \(4, 31\)"),
-        (lambda f: _tensors(f, lambda t: t.update({"x.lora_A.weight": t[A]})), "'x.lora_A.weight' is no matrix"),
-        (lambda f: _tensors(f, lambda t: t.update({A.replace("layers.1", "layers.9"): t[A]})), "is no module of Llama"),
+        (lambda f: _tensors(f, lambda t: t.update({"x.lora_A.weight": t[A]})), "'x.lora_A.weight' is not a matrix"),
+        (lambda f: _tensors(f, lambda t: t.update({A.replace("layers.1", "layers.9"): t[A]})), "is not a module of Llama"),
         (
             lambda f: _tensors(f, lambda t: t.update({A.replace("self_attn.q_proj", "mlp.act_fn"): t[A]})),
             "changes linear layers",
@@ -447,7 +447,7 @@ def test_what_a_stranger_may_give_for_an_adapter(
 @pytest.mark.parametrize(
     ("make", "format_name", "reason"),
     [
-        (shifts, "peft", "a patch of kind activation changes no weights"),
+        (shifts, "peft", "a patch of kind activation does not change weights"),
         (
             lambda base, *_: WeightPatch.of({"model.layers.1.mlp.down_proj.weight": draw(32, 48)}),
             "peft",

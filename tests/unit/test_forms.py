@@ -182,7 +182,7 @@ def test_what_a_filter_cannot_compare_is_named(read: Any) -> None:
     given = [{"text": "a", "t": 1}, {"text": "b", "t": [1]}]
     with pytest.raises(SourceError, match=r"row 2: where.t: a list \(\[1\]\) of the row is not a number"):
         read(given, "text", where={"t": [0, 2]})
-    with pytest.raises(SourceError, match=r"row 2: equals.t is a list \(\[1\]\), which is not compared"):
+    with pytest.raises(SourceError, match=r"row 2: equals.t is a list \(\[1\]\), which cannot be compared"):
         read(given, "text", equals={"t": 1})
     booleans = [{"text": "a", "t": True}, {"text": "b", "t": False}]
     assert [row["text"] for row in read(booleans, "text", where={"t": [1, 2]})] == ["a"]
@@ -212,7 +212,7 @@ def test_a_multiple_choice_set_becomes_instructions(read: Any) -> None:
         ("2 + 2?\nA. 3\nB. 4", "B"),
         ("1?\nA. 1\nB. 0", "A"),
     ]
-    with pytest.raises(SourceError, match=r"row 1: map.answer: a number \(2\) is none of 0, 1"):
+    with pytest.raises(SourceError, match=r"row 1: map.answer: a number \(2\) is not one of 0, 1"):
         read([{**given[0], "answer": 2}], **settings)
     with pytest.raises(SourceError, match=r"row 1: compose.output: answer is null, not a text"):
         read([{**given[0], "answer": None}], **settings)
@@ -442,7 +442,7 @@ def test_the_best_and_the_worst_of_scored_completions_are_a_pair(read: Any) -> N
         SourceError, match=r"row 1: no two of its completions have a score \(overall_score or fine-grained_score"
     ):
         read([scored("N/A", 3)], "preference")
-    with pytest.warns(UserWarning, match="1 of 2 rows are no pairs, left out; the first: rows.jsonl row 2: all of"):
+    with pytest.warns(UserWarning, match="1 of 2 rows are no pairs and were skipped; the first: rows.jsonl row 2: all of"):
         assert len(read([scored(1, 2), scored(3, 3)], "preference", skip_bad=True)) == 1
 
 
@@ -462,7 +462,7 @@ def test_completions_judged_alone_make_pairs_where_a_prompt_has_both(read: Any) 
     assert found == [("p", "good", "bad"), ("p", "good", "worse"), ("q", "yes", "no")]
     assert len(read(given, "preference", limit=1)) == 1
     alone = [*given, judged("r", "x", True)]
-    with pytest.raises(SourceError, match=r"a prompt has 1 good and no bad completion, which makes no pair \(skip_bad"):
+    with pytest.raises(SourceError, match=r"a prompt has 1 good and no bad completion, so it gives no pair \(skip_bad"):
         read(alone, "preference")
     with pytest.warns(UserWarning, match="1 of 6 rows are no pairs"):
         assert len(read(alone, "preference", skip_bad=True)) == 3

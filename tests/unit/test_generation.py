@@ -116,7 +116,7 @@ def test_hidden_states_equal_those_of_transformers(steered: SteeredModel, prompt
 
 
 def test_strengths_without_a_patch_are_refused(tiny_model: PreTrainedModel, encoder: Encoder) -> None:
-    with pytest.raises(ValueError, match="carries no patch to scale"):
+    with pytest.raises(ValueError, match="has no patch to scale"):
         SteeredModel(tiny_model, encoder).generate([encoder.conversation("a")], max_new_tokens=1, strengths=(0.5,))
 
 

@@ -63,7 +63,7 @@ def test_angles(path: Path, text: str, expected: float) -> None:
         ("train.steps=many", r"train.steps: Input should be a valid integer.*\(given: 'many'\)"),
         ("train.steps=0", r"train.steps: Input should be greater than or equal to 1 \(given: 0\)"),
         ("train.steps=null", r"train: steps: this key is required, or epochs"),
-        ("train.epochs=3", r"train: steps 3 and epochs 3 both say how long the training is"),
+        ("train.epochs=3", r"train: steps 3 and epochs 3 both set the length of the training"),
         ("train={steps: 3, warmup_steps: 1, warmup_ratio: 0.5}", r"train: warmup_ratio 0.5 and warmup_steps 1 both say"),
         ("train.patience=2", r"train: patience 2 counts evaluation losses: set eval_every"),
         ("train.lr=-1", r"train.lr: Input should be greater than 0"),
@@ -73,11 +73,11 @@ def test_angles(path: Path, text: str, expected: float) -> None:
         ("train.snapshots=[9999]", r"train.snapshots \[9999\]: not between 1 and train.steps"),
         ("snapshot=2", r"snapshot 2 is not one of train.snapshots \[\]"),
         ("extract.dtype=bfloat16", r"extract.dtype: Arrow has no bfloat16"),
-        ("extract.pooling=[none, mean]", r"pooling none keeps one row a token and cannot stand beside others"),
+        ("extract.pooling=[none, mean]", r"pooling none stores one row for each token and cannot be combined with others"),
         ("extract.pooling=[mean, mean]", r"names one twice"),
         ("extract.second_moment=true", r"second_moment needs keep: moments"),
         ("extract.select.phases=[]", r"phases is empty, so no token is selected"),
-        ("extract.select.exclude_roles=[data, instruction, response]", r"takes every selected role out again"),
+        ("extract.select.exclude_roles=[data, instruction, response]", r"excludes every selected role"),
         ("extract.select.positions=[[3, 3]]", r"the span \[3, 3\) of positions is empty"),
         ("scale.offload=true", r"scale: offload needs zero_stage 1, 2 or 3"),
         ("method.angle_rad=2*tau", r"method.angle_rad: "),
@@ -136,7 +136,7 @@ def test_one_value_is_overridden_as_it_is_written(path: Path, override: str, pla
     ("override", "message"),
     [
         ("name=[", r"--set name=\[: .* a \[ or { is not closed; a text goes in quotes: 'name=\"...\"'"),
-        ("extract.select.modules=*.mlp", r"what begins with \* is an alias in YAML; a text goes in quotes"),
+        ("extract.select.modules=*.mlp", r"a text that begins with \* is an alias in YAML; a text goes in quotes"),
         ("name=&a", r"a.yaml: name: "),
         ("name=@a", r"--set name=@a: .*goes in quotes"),
         ("name={a", r"--set name={a: .*goes in quotes"),
@@ -144,15 +144,15 @@ def test_one_value_is_overridden_as_it_is_written(path: Path, override: str, pla
         ("name=:", r"--set name=:: .*goes in quotes"),
         ("name=a # b", r"would be a comment"),
         ("train.steps=.inf", r"--set train.steps=.inf: .*finite numbers"),
-        ("a..b=1", r"'a..b' is no path of a key"),
-        (".a=1", r"is no path of a key"),
-        ("a.=1", r"is no path of a key"),
+        ("a..b=1", r"'a..b' is not the path of a key"),
+        (".a=1", r"is not the path of a key"),
+        ("a.=1", r"is not the path of a key"),
         ("=x", r"--set =x: expected a.b=c"),
         ("", r"--set : expected a.b=c"),
         ("evaluate.-1.limit=1", r"-1 is not an item of a list of 3"),
         ("evaluate.\u00b2=1", r"is not an item of a list of 3"),
         ("train.steps.x=1", r"steps holds 3, not a group of settings"),
-        ("train.steps=true", r"train.steps: .*integer \(given: True\); true and false are no numbers"),
+        ("train.steps=true", r"train.steps: .*integer \(given: True\); true and false are not numbers"),
         ('train.steps="5"', r"train.steps: .*integer \(given: '5'\); write the number without quotes"),
         ("train.steps=1:30", r"train.steps: .*given: '1:30'"),
         ("method.gradual=yes", r"method.gradual: .*given: 'yes'\); write true or false"),
@@ -182,10 +182,10 @@ def test_a_wrong_override_ends_in_one_line(path: Path, override: str, message: s
         (b"# nothing\n", "a.yaml: the file is empty"),
         (b"- a: 1\n", "the file holds a list; a job is a mapping"),
         (b"text\n", "the file holds one value"),
-        (b"name: a\nx: \xff\n", "a.yaml:2: cannot be read as YAML: the file is no UTF-8 text"),
-        (bytes(range(256)), "the file is no UTF-8 text"),
-        ("name: a\n".encode("utf-16"), "the file is no UTF-8 text"),
-        (b"train: {steps: 1}\nname: a\ntrain: {steps: 2}\n", "a.yaml:3: .*the key 'train' stands in lines 1 and 3"),
+        (b"name: a\nx: \xff\n", "a.yaml:2: cannot be read as YAML: the file is not UTF-8 text"),
+        (bytes(range(256)), "the file is not UTF-8 text"),
+        ("name: a\n".encode("utf-16"), "the file is not UTF-8 text"),
+        (b"train: {steps: 1}\nname: a\ntrain: {steps: 2}\n", "a.yaml:3: .*the key 'train' is in lines 1 and 3"),
     ],
 )
 def test_a_file_that_is_no_job_is_named_with_its_line(path: Path, content: bytes, message: str) -> None:
@@ -198,7 +198,7 @@ def test_a_file_that_is_no_job_is_named_with_its_line(path: Path, content: bytes
 def test_a_byte_order_mark_and_a_folder(path: Path, tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert job.read(path, JobType).name == "a"
-    with pytest.raises(job.JobError, match="is a folder, not a file, so it is no job"):
+    with pytest.raises(job.JobError, match="is a folder, not a file, so it is not a job"):
         job.read(tmp_path, JobType)
     path.write_bytes(path.read_bytes() + b"1: x\n")
     with pytest.raises(job.JobError, match=r"a.yaml: 1: a key is a text; write it in quotes$"):

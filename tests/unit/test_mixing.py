@@ -95,7 +95,7 @@ def test_weights_that_say_nothing_are_refused(mixture: Any) -> None:
         (r"weight: also\.1 has none", {"weight": 1, "also": [{**one, "weight": 1}, one]}),
         (r"weight: this data set has none", {"also": [{**one, "weight": 1}]}),
         (r"cannot be one itself", {"weight": 1, "also": [{**one, "weight": 1, "also": [{**one, "weight": 1}]}]}),
-        (r"mixed_rows is about a mixture", {"mixed_rows": 5, "also": [one]}),
+        (r"mixed_rows applies to a mixture", {"mixed_rows": 5, "also": [one]}),
         (r"greater than 0", {"weight": 0, "also": [{**one, "weight": 1}]}),
     ):
         with pytest.raises(ValueError, match=match):
@@ -108,7 +108,7 @@ def test_weights_that_say_nothing_are_refused(mixture: Any) -> None:
         "method": {"name": "vanilla"},
         "data": {"train": {**one, "weight": 2}},
     }
-    with pytest.raises(job.JobError, match=r"train.weight 2: there is nothing to mix with"):
+    with pytest.raises(job.JobError, match=r"train.weight 2: there is no other data set to mix with"):
         job.validate(tree, JobType, Path("a.yaml"))
 
 

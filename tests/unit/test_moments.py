@@ -59,7 +59,7 @@ def test_files_are_merged_in_their_order(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no moments: there is no moments.json"):
+    with pytest.raises(ValueError, match=r"holds no moments: moments.json is missing"):
         Moments.open(tmp_path)
     plain = ((name, moments.sums(vectors(), products=False)) for name in NAMES)
     moments.save(plain, tmp_path, SUMMARY | {"second_moment": False})

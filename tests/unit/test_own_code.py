@@ -230,18 +230,18 @@ def test_misspelt_fields_are_told_with_those_of_the_file(write: Callable[..., st
         ("x = (", "mine.py:1: x = (\n  SyntaxError: '(' was never closed"),
         ("import nothing_like_it", "ModuleNotFoundError: No module named 'nothing_like_it'"),
         ("x = 1\nraise SystemExit(3)", "mine.py:2: raise SystemExit(3)\n  SystemExit: 3"),
-        ("import helper", "helper.py lies beside it, but this file alone goes to the workers"),
+        ("import helper", "helper.py is beside it, but only this file is sent to the workers"),
         ("x = 1", "the file of a method defines METHOD, made by steerlab's Method; it has none"),
         ("METHOD = 3", "it has a int of that name"),
         (METHOD.replace("METHOD = Fitted", "Method = Fitted"), "it has a Method"),
-        (METHOD.replace("half_way", "caa"), "the name 'caa', which is another method's here"),
-        (METHOD.replace('Literal["half_way"]', "str"), 'its Config says no name: name: Literal["my_method"]'),
+        (METHOD.replace("half_way", "caa"), "the name 'caa', which another method has already"),
+        (METHOD.replace('Literal["half_way"]', "str"), 'its Config has no name: name: Literal["my_method"]'),
         (METHOD.replace("half_way", "Half-Way!"), "small letters, digits and underscores"),
         (METHOD.replace("    share:", "    file:"), "its Config has a field 'file'"),
         (METHOD.replace("(SteeringConfig)", ""), "derive it from SteeringConfig"),
         (METHOD.replace("METHOD = Fitted(Config, fit)", "METHOD = Fitted(Config)"), "mine.py:24: METHOD = Fitted(Config)"),
         ("\0", "SyntaxError"),
-        ("x" * (2**20 + 1), "1,048,577 bytes; such a file has 1,048,576 at most"),
+        ("x" * (2**20 + 1), "1,048,577 bytes; the maximum is 1,048,576"),
     ],
 )
 def test_a_file_that_leaves_no_method(write: Callable[..., str], text: str, reason: str) -> None:
@@ -368,7 +368,7 @@ def test_paths_that_are_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.py")
     (tmp_path / "latin.py").write_bytes(b"# \xe9")
     for path, reason in [
-        (tmp_path / "none.py", "there is no such file"), (tmp_path, "a folder, not a file"), (tmp_path / "pipe.py", "pipe"),
+        (tmp_path / "none.py", "the file does not exist"), (tmp_path, "a folder, not a file"), (tmp_path / "pipe.py", "pipe"),
         ("a\0b", "null"), (tmp_path / "latin.py", "no UTF-8 text"), ("~nobody_here/x.py", "no path"),
     ]:  # fmt: skip
         assert reason in refusal({"file": str(path)}), path
@@ -465,7 +465,7 @@ def test_packages_register_methods_and_tasks(tmp_path: Path) -> None:
     said, method, task = json.loads(own)
     assert [line.partition("+")[0] for line in said] == ["method half_way: their-code==1.2", "task said: their-code==1.2"]
     assert method["package"] == task["package"] == said[0].removeprefix("method half_way: ") and method["share"] == 0.25
-    assert "their-code==1.2: their_code:METHOD calls itself half_way; register it so" in lines[0]
+    assert "their-code==1.2: their_code:METHOD has the name half_way; register it under that name" in lines[0]
     assert "nowhere:METHOD fails: ModuleNotFoundError" in lines[1]
     assert "their_code:TASK_ is a int, no Method" in lines[2]
     assert "their-code==1.2" in lines[4]

@@ -112,7 +112,7 @@ def test_the_loss_of_pairs_is_that_of_their_responses() -> None:
     assert data.loss_on == "response"
     with pytest.raises(ValidationError, match="format preference needs loss_on response"):
         DataSet.model_validate({"source": "a", "format": "preference", "loss_on": "all"})
-    with pytest.raises(ValidationError, match=r"pairs go to data\.preference"):
+    with pytest.raises(ValidationError, match=r"pairs belong in data\.preference"):
         DataConfig(train=data)
     with pytest.raises(ValidationError, match="rows of format instruction do not belong there"):
         DataConfig(preference=DataSet(source="a"))

@@ -77,7 +77,7 @@ def test_several_subsets_are_read_and_a_name_that_is_none_of_them_is_told(tmp_pa
 
 
 def test_what_has_no_subsets_is_told_so() -> None:
-    with pytest.raises(ValueError, match="no JSON object of lists"):
+    with pytest.raises(ValueError, match="not a JSON object of lists"):
         rows.read(DataSet(source="tiny:topics/train", format="text", subset="farm", limit=2))
 
 
@@ -86,7 +86,7 @@ def test_a_debian_package_needs_a_pin_and_its_tools(monkeypatch: pytest.MonkeyPa
     with pytest.raises(sources.SourceError, match="has no pinned hash"):
         sources.fingerprint("deb:hello")
     assert sources.fingerprint(f"deb:hello@sha256:{pin}#usr") == f"deb:hello@sha256:{pin}#usr"
-    with pytest.raises(sources.SourceError, match="points out of its package"):
+    with pytest.raises(sources.SourceError, match="points outside its package"):
         sources.parse(f"deb:hello@sha256:{pin}#../etc")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(sources.SourceError, match="no apt-get and dpkg-deb: unpack it elsewhere"):

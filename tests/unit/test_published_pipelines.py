@@ -147,12 +147,12 @@ def test_dmd2_and_lightning_samplers(directories: dict[str, Path], tmp_path: Pat
 
 def test_a_class_that_the_pipeline_lacks_is_refused(directories: dict[str, Path]) -> None:
     with pytest.raises(
-        ValueError, match=r"'1000' is no class of the model: give one of cat, dog, ... or a number from 0 to 999"
+        ValueError, match=r"'1000' is not a class of the model: give one of cat, dog, ... or a number from 0 to 999"
     ):
         loaded("dit", directories)(prompts=["1000"], seeds=[0])
 
 
 def test_a_pipeline_of_another_class_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
-    with pytest.raises(ValueError, match="pipelines of class KandinskyPipeline are not known here; known: StableDiffusion"):
+    with pytest.raises(ValueError, match="pipelines of class KandinskyPipeline are not supported; supported: StableDiffusion"):
         models.load_model(tmp_path)

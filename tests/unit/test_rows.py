@@ -95,7 +95,7 @@ def test_what_cannot_be_renamed_is_said(tmp_path: Path) -> None:
         rows.read(instructions(tmp_path / "a.json", found, rename=names, map={"answer": {"a": "b"}}))
     with pytest.raises(ValueError, match="rename gives the name 'output' to two fields"):
         DataSet(source="a", rename={"question": "output", "answer": "output"})
-    with pytest.raises(ValueError, match="rename takes the field 'output' away, which format instruction or a filter needs"):
+    with pytest.raises(ValueError, match="rename removes the field 'output', which format instruction or a filter needs"):
         DataSet(source="a", rename={"output": "answer"})
 
 
@@ -131,7 +131,7 @@ def test_a_data_set_in_a_few_words(source: Any, said: str) -> None:
 
 
 def test_what_is_wrong_is_said(reviews: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no rows are left; 6 were read, 0 pass the filters, offset is 0"):
+    with pytest.raises(ValueError, match=r"no rows remain; 6 were read, 0 pass the filters, offset is 0"):
         rows.read(data(reviews, **COLUMNS, where={"score": [9, None]}))
     with pytest.raises(ValueError, match=r"where.id: 'x' of .* is not a number"):
         other = tmp_path / "o.jsonl"

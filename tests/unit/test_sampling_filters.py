@@ -126,7 +126,7 @@ def test_several_prompts_and_samples_are_those_of_single_calls(steered: SteeredM
 
 def test_filters_and_samples_without_a_temperature_are_refused(steered: SteeredModel) -> None:
     for option in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"samples": 2}):
-        with pytest.raises(ValueError, match="is about sampling: give a temperature"):
+        with pytest.raises(ValueError, match="applies to sampling: give a temperature"):
             steered.side_by_side(Asked("a", max_new_tokens=2, **option))  # type: ignore[arg-type]
     steered.side_by_side(Asked("a", max_new_tokens=2, samples=1))
 

@@ -109,7 +109,7 @@ def test_parse_takes_every_form_apart() -> None:
     [
         ("wheel:a", "is not wheel:NAME==VERSION"),
         ("sdist:a==1@sha256:12", "is not sdist:NAME==VERSION"),
-        ("wheel:a==1#../../etc/passwd", "points out of its package"),
+        ("wheel:a==1#../../etc/passwd", "points outside its package"),
         ("hf:a/b/c", "is not hf:owner/name"),
         ("gym:gsm_symbolic", r"is not gym:NAME\?seed=N&size=N"),
         ("gym:gsm_symbolic?seed=0&size=0", r"is not gym:NAME\?seed=N&size=N"),
@@ -416,7 +416,7 @@ def test_optional_fields_are_filled_in(tmp_path: Path) -> None:
         ("a.yaml", "one", "a.yaml holds one str, not a list of objects"),
         ("a.prompt", "a: [{x: 1}]\nb: [{x: 1}]", r"a.prompt holds 2 lists of objects, not one \(its keys: a, b\)"),
         ("a.prompt", "authors: [ann]", "a.prompt holds 0 lists of objects, not one"),
-        ("a.xml", "<a/>", r"a.xml is of no type that is read here \(.json, .jsonl"),
+        ("a.xml", "<a/>", r"a.xml is not of a type that is read here \(.json, .jsonl"),
     ],
 )
 def test_rows_say_what_is_wrong(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -441,7 +441,7 @@ for ask in (lambda: fetch("hf:owner/name"), lambda: rows("hf:owner/name#train"),
     lines = result.stdout.splitlines()
     assert len(lines) == 3
     for line in lines:
-        assert "cannot be had from the hub at http://127.0.0.1:9" in line
+        assert "cannot be fetched from the hub at http://127.0.0.1:9" in line
         assert all(way in line for way in ("a path", "wheel:", "HF_HOME", "HF_ENDPOINT"))
 
 

@@ -134,7 +134,7 @@ def test_artifacts_have_the_permissions_that_the_umask_gives(local: Store, tmp_p
     assert Path(local.path("train", KEY)).stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize(("damage", "message"), [("", "has 0 bytes, its manifest says 5"), (None, r"deep/a.txt is missing")])
+@pytest.mark.parametrize(("damage", "message"), [("", "has 0 bytes, its manifest has 5"), (None, r"deep/a.txt is missing")])
 def test_damaged_artifact_is_noticed(store: Store, damage: str | None, message: str) -> None:
     _commit(store)
     path = store.local("train", KEY) / "deep" / "a.txt"
@@ -153,7 +153,7 @@ def test_download_compares_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     _commit(store)
     with store._fs.open_output_stream(f"{store.path('train', KEY)}/deep/a.txt") as stream:
         stream.write(b"jello")
-    with pytest.raises(StoreError, match=r"a\.txt has another content than when it was written"):
+    with pytest.raises(StoreError, match=r"a\.txt has changed since it was written"):
         store.local("train", KEY)
     left = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert left == [f"{KEY}.lock"]

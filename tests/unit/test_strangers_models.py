@@ -138,7 +138,7 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other steps": (changed_meta(step=0), "is at step 0"),
     "history of numbers": (changed_meta(history=[1]), "history.0"),
     "history of NaN": (changed_meta(history=[{"step": 1, "x": float("nan")}]), "finite"),
-    "cut": (cut, "cannot be read, as if it was not copied to its end"),
+    "cut": (cut, "cannot be read and may be truncated"),
     "garbage": (lambda folder: (folder / WEIGHTS).write_bytes(b"hello"), "cannot be read"),
     "no files": (lambda folder: shutil.rmtree(folder / "state"), "holds no part of a checkpoint"),
     "second": (lambda folder: shutil.copy(folder / WEIGHTS, folder / "state/mp_rank_01_model_states.pt"), "is no part of"),
@@ -288,11 +288,11 @@ GGUFS: dict[str, tuple[bytes, str]] = {
     "unknown": (gguf_of(key("a", 99, b"")), "of type 99"),
     "name": (gguf_of(struct.pack("<Q", 2**40)), "has a name of"),
     "version": (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 2 or 3"),
-    "shape": (gguf_of(*llama(), tensors=(tensor("t", (2**40, 2**20)),)), "says that its tensors have"),
+    "shape": (gguf_of(*llama(), tensors=(tensor("t", (2**40, 2**20)),)), "claims that its tensors have"),
     "many of the same bytes": (
-        gguf_of(*llama(), tensors=tuple(tensor(f"t{i}", (8,)) for i in range(9))) + b"\0" * 64, "says that its tensors have",
+        gguf_of(*llama(), tensors=tuple(tensor(f"t{i}", (8,)) for i in range(9))) + b"\0" * 64, "claims that its tensors have",
     ),
-    "offset": (gguf_of(*llama(), tensors=(tensor("t", (8,), offset=2**60),)) + b"\0" * 64, "says that its tensors have"),
+    "offset": (gguf_of(*llama(), tensors=(tensor("t", (8,), offset=2**60),)) + b"\0" * 64, "claims that its tensors have"),
     "axes": (gguf_of(*llama(), tensors=(tensor("t", (8,), axes=2**32 - 1),)), "axes"),
     "kind": (gguf_of(*llama(), tensors=(tensor("t", (8,), kind=9_999),)), "of type 9999"),
     "layers": (gguf_of(*llama(block_count=10**6), tensors=ONE) + b"\0" * 64, "that it has 1,000,000 layers"),
@@ -386,7 +386,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     ),
     "size of text": ({"hidden_size": "big"}, "cannot be read"),
     "size that does not divide": ({"hidden_size": 9}, "cannot be read"),
-    "other model": ({"model_type": "clip"}, "holds a clip, of which there is no ModelForSequenceClassification"),
+    "other model": ({"model_type": "clip"}, "holds a clip, which cannot be loaded as a ModelForSequenceClassification"),
 }
 
 
@@ -442,7 +442,7 @@ def test_a_model_that_a_task_names_chooses_no_kernel(kernel: str, place: tuple[s
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": {"height": 10**6, "width": 10**6}}, r"size\.(height|width) is 1000000; images are made"),
+        ({"size": {"height": 10**6, "width": 10**6}}, r"size\.(height|width) is 1000000; the maximum is"),
         ({"size": {"shortest_edge": 10**6}}, "size.shortest_edge is 1000000"),
         ({"crop_size": 10**9}, "crop_size is 1000000000"),
         ({"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "x.Y"}}, "which no task runs"),
@@ -470,7 +470,7 @@ def test_a_processor_makes_no_huge_images_and_runs_no_code(settings: dict[str, A
             "attn_implementation is 'evil/kernel'",
         ),
         ("config.json", {"attn_implementation": ["sdpa"]}, "attn_implementation is "),
-        ("model.safetensors.index.json", {"weight_map": {"a": "../../elsewhere/x.safetensors"}}, "leads out of the folder"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "../../elsewhere/x.safetensors"}}, "leads outside the folder"),
     ],
 )
 def test_a_component_of_a_pipeline_takes_nothing_from_elsewhere(

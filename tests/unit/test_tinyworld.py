@@ -283,7 +283,7 @@ def test_texts_are_sentences_about_one_topic() -> None:
     ("name", "message"),
     [
         ("errands/train?x=1", "tiny:errands has no dial 'x'; it has: overlap"),
-        ("refusals/train?x=1", "tiny:refusals has no dial 'x', nor any other"),
+        ("refusals/train?x=1", "tiny:refusals has no dial 'x'; it has none"),
         ("errands/train?overlap=2", "the dial overlap is a share from 0 to 1, not '2'"),
         ("errands/train?overlap=nan", "the dial overlap is a share from 0 to 1, not 'nan'"),
         ("errands/train?overlap", "the dial overlap is a share from 0 to 1, not ''"),

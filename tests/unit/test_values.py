@@ -54,8 +54,8 @@ def test_a_column_whose_name_holds_dots_is_found_first() -> None:
         (b"x", "output is bytes (b'x'), not a text"),
         (3, "output is a number (3), not a text"),
         (True, "output is a boolean (True), not a text"),
-        ("tired \ud83d", r"output holds half of a character (\ud83d alone), which is no text"),
-        ("x" * 99 + "\udc00", r"output holds half of a character (\udc00 alone), which is no text"),
+        ("tired \ud83d", r"output holds half of a character (\ud83d alone), which is not a valid text"),
+        ("x" * 99 + "\udc00", r"output holds half of a character (\udc00 alone), which is not a valid text"),
     ],
 )
 def test_what_is_no_text_is_named_with_its_type(value: Any, said: str) -> None:
@@ -89,7 +89,7 @@ def test_equality_is_of_values_not_of_spellings(value: Any, wanted: Any, equal: 
 
 @pytest.mark.parametrize("value", [[1], {"a": 1}, b"1"])
 def test_what_is_no_single_value_is_not_compared(value: Any) -> None:
-    with pytest.raises(ValueError, match="which is not compared"):
+    with pytest.raises(ValueError, match="which cannot be compared"):
         values.same(value, 1)
 
 
@@ -132,7 +132,7 @@ def test_what_a_template_cannot_write_is_named(template: str, message: str) -> N
 
 
 def test_more_choices_than_letters_and_lists_of_objects_are_refused() -> None:
-    with pytest.raises(ValueError, match="choices holds 27 choices, more than there are letters"):
+    with pytest.raises(ValueError, match="choices holds 27 choices, more than the alphabet has letters"):
         compose.write("{choices}", {"choices": ["x"] * 27})
     with pytest.raises(ValueError, match="choices is an empty list"):
         compose.write("{choices}", {"choices": []})

@@ -169,7 +169,7 @@ def test_a_hub_that_hangs_is_asked_four_times(silent: int, tmp_path: Path) -> No
     lines = fetched(silent, tmp_path).splitlines()
     assert any(line.startswith(f"line: waits for the hub at http://127.0.0.1:{silent}") for line in lines)
     assert sum("timed out; tried again in 0.1 s" in line for line in lines) == 3
-    assert lines[-1].startswith(f"error: 'hf:a/b' cannot be had from the hub at http://127.0.0.1:{silent}: ")
+    assert lines[-1].startswith(f"error: 'hf:a/b' cannot be fetched from the hub at http://127.0.0.1:{silent}: ")
 
 
 def test_a_hub_that_is_busy_is_asked_again_when_it_says(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_hub_that_is_busy_is_asked_again_when_it_says(tmp_path: Path) -> None:
     assert sum("429 Too Many Requests" in line and "tried again in 1 s" in line for line in lines) == 3
     asked = _Busy.asked
     assert len(asked) == 4 and all(later - earlier >= 1 for earlier, later in itertools.pairwise(asked))
-    assert "429 Too Many Requests" in lines[-1] and lines[-1].startswith("error: 'hf:a/b' cannot be had")
+    assert "429 Too Many Requests" in lines[-1] and lines[-1].startswith("error: 'hf:a/b' cannot be fetched")
 
 
 @pytest.mark.parametrize("listens", [True, False])

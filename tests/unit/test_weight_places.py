@@ -122,7 +122,7 @@ def test_every_type_has_its_place_in_every_layer(name: str) -> None:
 def test_experts_are_refused_with_the_reason_and_attention_is_not(name: str) -> None:
     model = made(name)
     assert len(models.weight_places(model, ATTENTION, [0, 1])) == 8
-    with pytest.raises(ValueError, match=r"ffn_up: .* Its experts lie in tensors of three axes such as model\.layers\.0\.mlp"):
+    with pytest.raises(ValueError, match=r"ffn_up: .* Its experts are in tensors of three axes such as model\.layers\.0\.mlp"):
         models.weight_places(model, ["ffn_up"], [0])
 
 

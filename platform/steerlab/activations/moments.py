@@ -36,12 +36,13 @@ class Sums(NamedTuple):
 
 
 def sums(z_MD: Tensor, products: bool) -> Sums:
-    """Return the sums of one batch of vectors, (M, D); `products` computes the sum of z z^T, too."""
+    """Return the sums of one batch of vectors, (M, D); with `products` also the sum of z z^T."""
     exact_MD = z_MD.double()
     mean_D = exact_MD.mean(0)
-    # Multiplied in float32, since float64 matrix products are 2 to 64 times slower on a GPU; accumulated in float64.
+    # The products are computed in float32, since float64 matrix products are 2 to 64 times slower on a GPU, and accumulated in
+    # float64.
     products_DD = (z_MD.T @ z_MD).double() if products else None
-    # Two passes, not E[z^2] - E[z]^2, which cancels for a mean that is large next to the spread.
+    # The variance is computed in two passes, because E[z^2] - E[z]^2 cancels for a mean that is large next to the spread.
     return Sums(len(z_MD), mean_D, (exact_MD - mean_D).square().sum(0), products_DD)
 
 
@@ -52,7 +53,7 @@ def merged(a: Sums, b: Sums) -> Sums:
     products_DD = None if a.products_DD is None or b.products_DD is None else a.products_DD + b.products_DD
     return Sums(
         num,
-        # In this form, not as a sum divided by a count: it stays exact where the two means are close.
+        # This form stays exact where the two means are close, unlike a sum divided by a count.
         a.mean_D + difference_D * (b.num_vectors / num),
         a.squares_D + b.squares_D + difference_D.square() * (a.num_vectors * b.num_vectors / num),
         products_DD,
@@ -93,11 +94,11 @@ def save_sums(columns: Iterable[tuple[str, Sums]], widths: Mapping[str, int], pr
 
 def merge_files(paths: Sequence[Path], column: str) -> Sums:
     """Return the merged sums of one column from files that `save_sums` wrote."""
-    # Always in the order of the files: floating-point sums depend on the order, and a repeated stage must give the same bits.
+    # The order is that of the files, because floating-point sums depend on it and a repeated stage must give the same bits.
     total: Sums | None = None
     for path in paths:
         with safe_open(path, "pt") as file:
-            # Only the tensors of this column are read: a file holds those of all columns.
+            # Only the tensors of this column are read; a file holds those of all columns.
             names = set(file.keys())
             products = file.get_tensor(f"{column}/products") if f"{column}/products" in names else None
             count = int(file.get_tensor(f"{column}/count"))
@@ -134,7 +135,7 @@ def save(columns: Iterable[tuple[str, Sums]], directory: Path, summary: Mapping[
             writer.write(f"{name}/variance", column.squares_D / column.num_vectors)
             if column.products_DD is not None:
                 writer.write(f"{name}/second_moment", column.products_DD / column.num_vectors)
-    # Last: a directory without a summary counts as unfinished.
+    # The summary is written last, because a directory without one counts as unfinished.
     (directory / SUMMARY).write_text(json.dumps(dict(summary), indent=1))
 
 
@@ -163,7 +164,7 @@ class Moments:
         """
         directory = Path(directory)
         if not (directory / SUMMARY).is_file():
-            raise ValueError(f"{directory} holds no moments: there is no {SUMMARY}")
+            raise ValueError(f"{directory} holds no moments: {SUMMARY} is missing")
         origin = saved.read(directory / SUMMARY, _Origin)
         if model_key is not None and origin.model_key != model_key:
             raise ValueError(f"{directory} holds moments of another model ({origin.architecture}) than this one")
@@ -195,7 +196,7 @@ class Moments:
 
     def _tensor(self, module: str, pooling: str | None, kind: str) -> Tensor:
         name = self.origin.column(module, pooling, self.directory)
-        # `safe_open` maps the file and reads one tensor: a second moment alone may have gigabytes.
+        # `safe_open` maps the file and reads one tensor; a single second moment may have gigabytes.
         with safe_open(self.directory / TENSORS, "pt") as file:
             return file.get_tensor(f"{name}/{kind}")
 
@@ -209,8 +210,8 @@ def check_finite(name: str, z_MD: Tensor, row_M: Tensor, first: int) -> None:
         row_M: number of the text of each vector within the batch's rows.
         first: number of the first text in the data set.
     """
-    # One comparison on the device; the row is looked up only if there is something to report.
+    # One comparison runs on the device; the row is looked up only if there is a bad value.
     good_M = torch.isfinite(z_MD).all(1)
     if not bool(good_M.all()):
         row = first + int(row_M[int(good_M.int().argmin())])
-        raise ValueError(f"{name}, row {row} holds a NaN or infinite value: the model computes it; nothing was summed")
+        raise ValueError(f"{name}, row {row} holds a NaN or infinite value, computed by the model; nothing was summed")

@@ -36,16 +36,16 @@ class Origin(saved.Shape):
             where: the directory, for messages.
 
         Raises:
-            ValueError: there is no such module or pooling, or several poolings and none was given.
+            ValueError: the module or pooling does not exist, or there are several poolings and `pooling` is None.
         """
         if pooling is None and len(self.pooling) > 1:
-            raise ValueError(f"say which pooling of {module} is meant: {', '.join(self.pooling)}")
+            raise ValueError(f"choose one pooling of {module}: {', '.join(self.pooling)}")
         if module not in self.modules or (pooling or self.pooling[0]) not in self.pooling:
             raise ValueError(
                 f"{where} holds no {module!r} with pooling {pooling or self.pooling[0]}; modules: {', '.join(self.modules[:6])}"
                 f"{', ...' if len(self.modules) > 6 else ''}; pooling: {', '.join(self.pooling)}"
             )
-        # The name depends on how many poolings were extracted together, not on the one that is asked for.
+        # The name depends on how many poolings were extracted together, not on the requested one.
         return column_name(module, pooling or self.pooling[0], self.pooling)
 
 

@@ -11,7 +11,7 @@
 
 A directory holds `part-00000.parquet` and so on, in sample order, `parts.json` (a line of facts about each part) and
 `extraction.json`. The files are plain Parquet, which pandas, DuckDB and Polars read. Every page carries a checksum, so that a
-damaged disk is noticed although only the columns in use are read.
+damaged disk is detected although only the columns in use are read.
 
 part_writing.py writes the parts; this file reads them.
 """
@@ -56,7 +56,7 @@ def origin_of(part: pa.Schema) -> Origin:
     """Return the `Origin` in a part's schema. Raises ValueError if the file holds no activations of this platform."""
     if METADATA not in (part.metadata or {}):
         raise ValueError("the Parquet file holds no activations of this platform")
-    return saved.parsed(part.metadata[METADATA], _Origin, "what the Parquet file says of its activations")
+    return saved.parsed(part.metadata[METADATA], _Origin, "the metadata of the Parquet file")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Activations:
         """
         directory = Path(directory)
         if not (directory / PARTS).is_file():
-            raise ValueError(f"{directory} holds no activations: there is no {PARTS}")
+            raise ValueError(f"{directory} holds no activations: {PARTS} is missing")
         parts = tuple(saved.read(directory / PARTS, list[_Part]))
         if not parts:
             raise ValueError(f"{directory} holds no activations: {PARTS} names no part")
@@ -128,14 +128,14 @@ class Activations:
             pooling: one of the poolings; None if there is only one.
 
         Raises:
-            ValueError: there is no such column, or it holds a NaN or infinite value.
+            ValueError: the column does not exist, or it holds a NaN or infinite value.
         """
-        # Imported here: the module is also read by processes that never need torch.
+        # The module is also read by processes that never need torch.
         import torch
 
         name = self.origin.column(module, pooling, self.directory)
         values_ND = matrix(self._read(name))
-        # Refused here, not when written: other columns of the same extraction may be sound.
+        # The value is refused here instead of when it is written, because other columns of the same extraction may be usable.
         bad_N = ~np.isfinite(values_ND).all(1)
         if bad_N.any():
             row = self.about("sample_id")[int(bad_N.argmax())].as_py()
@@ -147,7 +147,7 @@ class Activations:
     @cached_property
     def _fragments(self) -> list[tuple[Path, pads.Fragment]]:
         """The opened parts."""
-        # Cached, so that each footer is read once and not once for each column.
+        # The result is cached, so that each footer is read once and not once for each column.
         options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
         kind = pads.ParquetFileFormat(default_fragment_scan_options=options)
         paths = [self.directory / part.path for part in self.parts]
@@ -169,13 +169,13 @@ def _opened(path: Path, part: _Part) -> Origin:
     """Check the size, footer and number of rows of a part, and return its `Origin`."""
     if not path.is_file():
         raise _damaged(path, "it is missing")
-    # Size and footer notice an interrupted copy at once; the checksums of pages notice changed bytes when a column is read.
+    # Size and footer show an interrupted copy at once; the checksums of pages show changed bytes when a column is read.
     if (size := path.stat().st_size) != part.bytes:
         raise _damaged(path, f"it has {size:,} bytes instead of {part.bytes:,}")
     try:
         with pq.ParquetFile(path) as file:
             rows, part_schema = file.metadata.num_rows, file.schema_arrow
-    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: a name that is no UTF-8
+    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: a name that is not UTF-8
         raise _damaged(path, " ".join(str(error).split())) from error
     if rows != part.rows:
         raise _damaged(path, f"it has {rows} rows instead of {part.rows}")

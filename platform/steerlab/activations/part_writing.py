@@ -35,7 +35,7 @@ def schema(widths: Mapping[str, int], dtype: str, tokens: bool, metadata: Mappin
         metadata: the fields of `Origin` and others, which are stored in each file.
     """
     about = _ABOUT_ROWS + (_ABOUT_TOKENS if tokens else ())
-    # Not nullable: readers then see plain arrays, without a mask of missing values.
+    # The columns are not nullable, so that readers get plain arrays without a mask of missing values.
     value = pa.field("element", _TYPES[dtype], nullable=False)
     fields = [pa.field(name, kind, nullable=False) for name, kind in about]
     fields += [pa.field(name, pa.list_(value, width), nullable=False) for name, width in widths.items()]
@@ -63,7 +63,7 @@ def table(about: Mapping[str, AboutColumn], values: Mapping[str, npt.NDArray[np.
         with np.errstate(over="ignore"):  # `_check_range` reports an overflow with its row and neuron
             stored_ND = values_ND.astype(vector.value_type.to_pandas_dtype())
         _check_range(name, values_ND, stored_ND, about["sample_id"])
-        # From the flat buffer, without a Python list for each row.
+        # The array is made from the flat buffer, without a Python list for each row.
         columns.append(pa.FixedSizeListArray.from_arrays(pa.array(stored_ND.ravel()), type=vector))
     return pa.Table.from_arrays(columns, schema=to)
 
@@ -96,7 +96,7 @@ class PartFacts(Content):
     nan: int
     """Number of NaN and infinite values."""
     bad_module: str | None
-    """Column of the first NaN or infinite value; None if there is none."""
+    """Column of the first NaN or infinite value; None if all are finite."""
     bad_row: int | None
     """The sample_id of its row."""
 
@@ -124,7 +124,7 @@ def write_part(tables: Iterable[pa.Table], path: Path) -> PartFacts:
     vectors = [field.name for field in group.schema if pa.types.is_fixed_size_list(field.type)]
     with written_whole(path) as scratch, _writer(scratch, group.schema, vectors) as writer:
         while group is not None:
-            # One row group for each table: a column of a group is then one contiguous read.
+            # Each table becomes one row group, so that a column of a group is one contiguous read.
             writer.write_table(group, row_group_size=group.num_rows)
             counts.num_rows += group.num_rows
             _note_bad_values(group, vectors, counts)
@@ -142,13 +142,14 @@ def write_part(tables: Iterable[pa.Table], path: Path) -> PartFacts:
 def _writer(path: Path, to: pa.Schema, vectors: Sequence[str]) -> pq.ParquetWriter:
     """Open a Parquet file; `vectors` are the columns of activations, compressed in another way than ids and labels."""
     others = [name for name in to.names if name not in vectors]
-    # Splitting float32 by byte helps zstd, since the values share few exponents. Not float16: DuckDB cannot read it split.
+    # Splitting float32 by byte helps zstd, since the values share few exponents. float16 is not split, because DuckDB cannot
+    # read it then.
     split = [f"{name}.list.element" for name in vectors if to.field(name).type.value_type == pa.float32()]
     return pq.ParquetWriter(
         path,
         to,
         compression="zstd",
-        # No dictionary and no statistics for activations: values hardly repeat, and nobody filters by their range.
+        # Activations have no dictionary and no statistics, because their values hardly repeat and are not filtered by range.
         use_dictionary=others,  # type: ignore[arg-type]
         use_byte_stream_split=split,  # type: ignore[arg-type]
         write_statistics=others,  # type: ignore[arg-type]
@@ -162,7 +163,7 @@ def _note_bad_values(group: pa.Table, vectors: Sequence[str], counts: _Counts) -
         if not bad_ND.any():
             continue
         counts.num_bad += int(bad_ND.sum())
-        # The first one is enough for a message; the count says how many there are.
+        # The first one is enough for a message; the count gives their number.
         if counts.bad_module is None:
             counts.bad_module = name
             counts.bad_row = group.column("sample_id")[int(bad_ND.any(1).argmax())].as_py()
@@ -173,6 +174,6 @@ def matrix(column: pa.ChunkedArray) -> npt.NDArray[np.floating]:
     if not pa.types.is_fixed_size_list(column.type):
         raise ValueError(f"a column of activations is damaged: it holds {column.type} where vectors of one length were written")
     width = column.type.list_size
-    # `flatten`, not `values`: it respects the offset of a sliced chunk.
+    # `flatten` is used instead of `values`, because it respects the offset of a sliced chunk.
     chunks = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width) for chunk in column.chunks]
     return np.concatenate(chunks) if chunks else np.zeros((0, width), column.type.value_type.to_pandas_dtype())

@@ -63,7 +63,7 @@ class TextReader:
         `strength` is that of the model's newest patch.
         """
         self._model, self._config, self._strength = model, config, strength
-        # One forward pass can read all taps. Moments read some at a time if the sums of all of them exceed memory.
+        # One forward pass can read all taps. Moments are read for some taps at a time if the sums of all of them exceed memory.
         selected = taps.select(model.model, config.select)
         self._taps = [tap for tap in selected if modules is None or tap.name in modules]
         self._reader = taps.Reader(model.model, self._taps, config.select.side)
@@ -130,7 +130,7 @@ class TextReader:
         Raises:
             ValueError: no token of a text is selected.
         """
-        # The longest first: if memory does not suffice, the first batch fails, not the last.
+        # The longest texts come first, so that the first batch fails instead of the last if memory does not suffice.
         alike = models.alike_up_to(self._model.model)
         for chunk in batches([len(text) for text in texts], self._config.batch_tokens, PADDING_SHARE, alike=alike):
             batch = self._model.encoder.collate([texts[i] for i in chunk])
@@ -141,7 +141,7 @@ class TextReader:
         """Return the vectors of one batch, padded on the left or on the right; `row_B` are the numbers of its texts."""
         batch = batch.to(self._model.device)
         select = self._config.select
-        # Every text must give a vector: rows are matched with texts by their number, and a mean over no tokens is NaN.
+        # Every text must give a vector, because rows are matched with texts by their number, and a mean over no tokens is NaN.
         mask_BT = token_masks.selected(batch, select, self._model.device)
         if not bool((some_B := mask_BT.any(1)).all()):
             number = first + int(row_B[some_B.cpu().logical_not().nonzero()[0, 0]])
@@ -151,7 +151,7 @@ class TextReader:
             )
         values_BTD = self._forward(batch)
         poolings = self._config.pooling
-        # Indexing with the mask keeps the order of rows and tokens, in which the columns about them are taken, too.
+        # Indexing with the mask preserves the order of rows and tokens, which the columns about them also have.
         if poolings == ("none",):
             values = {name: z_BTD[mask_BT].float() for name, z_BTD in values_BTD.items()}
             owner_M = row_B.to(mask_BT.device)[:, None].expand_as(mask_BT)[mask_BT]
@@ -164,8 +164,8 @@ class TextReader:
         return Vectors(row_B, None, None, None, values)
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return each tap's values, (B, T, D). Raises ValueError for a module that gives no vector for each token."""
-        # Stages read at strength 1, also pipelines, whose batches have no tokens.
+        """Return each tap's values, (B, T, D). Raises ValueError for a module that does not give a vector for each token."""
+        # Stages read at strength 1, also for pipelines, whose batches have no tokens.
         plain = self._strength == 1 and not self._model.settled
         steered = {} if plain else self._model.arguments(self._strength, len(batch.input_ids))
         values = self._reader(**batch.read_inputs, **steered)
@@ -176,7 +176,7 @@ class TextReader:
                     f"extract.select.modules: {name} gives a tensor of shape {tuple(z_BTD.shape)}, not one vector for each of "
                     f"{tuple(batch.roles.shape)} tokens"
                 )
-        # In the order of the model's modules: a module may run before another that is defined before it.
+        # The order is that of the model's modules, because a module may run before another that is defined before it.
         return {tap.name: values[tap.name] for tap in self._taps}
 
 
@@ -185,16 +185,17 @@ def batches(lengths: Sequence[int], batch_tokens: int, padding: float = 1.0, *, 
 
     Args:
         lengths: number of tokens of each text.
-        batch_tokens: most tokens of a batch, padding included; a single longer text makes a batch by itself.
+        batch_tokens: maximum number of tokens of a batch, padding included; a single longer text makes a batch by itself.
         padding: largest share of a batch that may be padding.
         alike: texts longer than this (`models.alike_up_to`) are batched only with texts of the same length.
     """
-    # Ending a batch because of its padding adds few batches: the lengths then shrink by a constant factor from one to the next.
+    # Ending a batch because of its padding adds few batches, because the lengths then shrink by a constant factor from one
+    # batch to the next.
     chunk: list[int] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         longest = lengths[chunk[0] if chunk else i]
-        # Sorted by length, the first text of a batch is its longest.
+        # The texts are sorted by length, so the first text of a batch is its longest.
         padded = (len(chunk) + 1) * longest
         apart = longest > alike and longest != lengths[i]
         if chunk and (apart or padded > batch_tokens or tokens + lengths[i] < (1 - padding) * padded):
@@ -233,7 +234,8 @@ def model_key(model: SteeredModel) -> str:
     for patch in model.patches:
         digest.update(json.dumps([patch.kind, patch.spec()], sort_keys=True).encode())
         for name, tensor in sorted(patch.tensors().items()):
-            # In float64, which NumPy has (unlike bfloat16) and which holds every smaller type exactly.
+            # The values are converted to float64, which NumPy has (unlike bfloat16) and which represents every smaller type
+            # exactly.
             digest.update(name.encode() + tensor.detach().to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()
 

@@ -1,1 +1,1 @@
-"""Rows of data sets: reading them from their sources, recognising the forms they come in, and filtering and renaming them."""
+"""Rows of data sets: reading them from their sources, recognising their forms, and filtering and renaming them."""

@@ -12,7 +12,7 @@ from steerlab.job.compositions import JOINS, pieces
 def write(template: str, row: Row) -> str:
     """Fill a template from a row. Raises ValueError if a field is missing, null, an object or an empty list."""
     filled = ""
-    # Not `str.format`: it would evaluate attributes and indexes of a row's values.
+    # `str.format` is not used, because it would evaluate attributes and indexes of a row's values.
     for literal, field, join, _ in pieces(template):
         filled += literal
         if field is not None:
@@ -28,7 +28,7 @@ def _field_text(value: object, field: str, join: Callable[[Sequence[str]], str],
         return values.text(value, field, scalars=True)
     if not value:
         raise ValueError(f"{field} is an empty list")
-    # With its position, so that a message names the bad entry of a list.
+    # The position is part of the name, so that a message names the bad entry of a list.
     texts = [values.text(entry, f"{field}.{i}", scalars=True) for i, entry in enumerate(value)]
     try:
         return join(texts)

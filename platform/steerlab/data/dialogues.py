@@ -19,7 +19,7 @@ from steerlab.data.values import Row
 _LISTS = ("messages", "conversations", "conversation")
 KNOWN_BY = (*_LISTS, "completion")
 """Fields that identify an object as a row in one of these forms."""
-# Columns of common data sets; rows with them are read, but with a warning.
+# Common data sets have these columns; rows with them are read, but with a warning.
 _UNUSED = ("system_prompt", "tools", "images", "videos", "audios")
 
 
@@ -31,7 +31,7 @@ def conversation(row: Row) -> Messages:
     """
     fields = _without_nulls(row)
     messages = turns.with_system(_turns(fields), _system(fields))
-    # The last answer ends the row: nothing after it is predicted.
+    # The last answer ends the row, because nothing after it is predicted.
     ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not ends:
         raise ValueError("no turn of the conversation is the assistant's, so there is no answer to learn")
@@ -41,7 +41,7 @@ def conversation(row: Row) -> Messages:
 
 
 def unused(row: Row, messages: Messages) -> list[str]:
-    """List the non-empty fields of a row that `conversation` did not read; `messages` is what it returned for the row."""
+    """List the non-empty fields of a row that `conversation` did not read; `messages` is its result for the row."""
     fields = {name: value for name, value in _without_nulls(row).items() if value not in ("", [])}
     names = [name for name in _UNUSED if name in fields]
     lists = [name for name in (*_LISTS, "prompt", "completion") if name in fields]
@@ -53,7 +53,7 @@ def unused(row: Row, messages: Messages) -> list[str]:
 
 
 def _without_nulls(row: Row) -> dict[str, object]:
-    # Data sets merged from several sources carry every source's columns, null in the rows of all the others.
+    # Data sets merged from several sources have the columns of every source, null in the rows of all others.
     return {name: value for name, value in row.items() if not values.is_null(value)}
 
 
@@ -80,7 +80,7 @@ def _turns(fields: Row) -> Messages:
 def _messages_of(value: object, name: str, role: str) -> Messages:
     """Return the messages in a field: a list, the turns of a dialogue, or a plain text as one turn of `role`.
 
-    An empty `role` allows no plain text.
+    With an empty `role` a plain text is refused.
     """
     if isinstance(value, str) and (turns.is_dialogue(value) or role):
         content = values.text(value, name)

@@ -1,4 +1,5 @@
-"""Bring a row into the format of its data set: filter it, rename and compose its fields, and check that its texts are texts."""
+"""Bring a row into the format of its data set: filter it, rename and compose its fields, and check that its texts are
+strings."""
 
 from __future__ import annotations
 
@@ -9,22 +10,23 @@ from steerlab.data import compose, dialogues, pairs, turns, values
 from steerlab.data.values import Row
 from steerlab.job import DataSet
 
-# Lazily up to the first mark followed by white space or the end, closing quotes included: "3.50" does not end a sentence.
+# The pattern matches lazily up to the first mark followed by white space or the end, closing quotes included: "3.50" does not
+# end a sentence.
 _SENTENCE = re.compile(r"(?s).*?[.!?…][\"'\u201d\u2019)\]]*(?=\s|$)")
 
 
 def renamed(row: Row, names: Mapping[str, str]) -> dict[str, object]:
-    """Return a row with its fields renamed as `names` says, {old: new}; a field that the row lacks is skipped."""
+    """Return a row with its fields renamed by `names`, {old: new}; a field that the row lacks is skipped."""
     moved = {new: value for old, new in names.items() if (value := values.look_up(row, old)) is not values.MISSING}
-    # A field that already has one of the new names is dropped even where the renamed one is missing: keeping it would train on
-    # a column that the job replaced.
+    # A field that already has one of the new names is dropped even if the renamed one is missing; retaining it would train on a
+    # column that the job replaced.
     replaced = names.keys() | set(names.values())
     return {name: value for name, value in row.items() if name not in replaced} | moved
 
 
 def passes(row: Row, data: DataSet) -> bool:
     """Return whether a row passes the filters `equals` and `where`. Raises ValueError for a value that cannot be compared."""
-    # Before `map` and `compose`: filters see the values of the file.
+    # Filters run before `map` and `compose`, so they see the values of the file.
     for field, wanted in data.equals.items():
         try:
             if not values.same(_value(row, field), wanted):
@@ -46,7 +48,7 @@ def passes(row: Row, data: DataSet) -> bool:
 def mapped(row: dict[str, object], data: DataSet) -> dict[str, object]:
     """Return a row with values replaced by their names (`map`), then with the fields composed from others (`compose`)."""
     row = row | {field: _named(row, field, names) for field, names in data.map.items()}
-    # Collected apart, so that one composed field does not see another one's text.
+    # The composed fields are collected separately, so that one composed field does not see another one's text.
     composed = {}
     for name, template in data.compose.items():
         try:
@@ -63,11 +65,11 @@ def _named(row: Row, field: str, names: Mapping[str, str]) -> object:
     try:
         return next(text for key, text in names.items() if values.same(value, key) or _is_boolean(value, key))
     except (StopIteration, ValueError):
-        raise ValueError(f"map.{field}: {values.kind(value)} is none of {', '.join(names)}") from None
+        raise ValueError(f"map.{field}: {values.kind(value)} is not one of {', '.join(names)}") from None
 
 
 def _is_boolean(value: object, key: str) -> bool:
-    """Return whether a value spells the boolean that a key of `map` stands for; keys of a job are stored as texts."""
+    """Return whether a value spells the boolean that a key of `map` represents; keys of a job are stored as texts."""
     return key in ("true", "false") and values.writes_boolean(value, key == "true")
 
 
@@ -120,7 +122,7 @@ def unused(row: Row, formed_row: Row, data: DataSet) -> list[str]:
 
 def _paired(row: Row) -> dict[str, object]:
     pair = pairs.pair(row)
-    # `pair` holds these fields where they still apply: with a prompt of messages they have become messages already.
+    # `pair` contains these fields where they still apply; with a prompt of messages they have become messages already.
     return {name: value for name, value in row.items() if name not in (*pairs.BESIDE, "history")} | pair
 
 
@@ -137,7 +139,7 @@ def _beside(row: Row, data: DataSet) -> Iterator[tuple[str, object]]:
             if text or name == "input":
                 yield name, text
         elif name in row and name == "input":
-            # pandas writes a missing text as NaN, which is true in Python: `row.get("input") or ""` would keep it.
+            # pandas writes a missing text as NaN, which is true in Python, so that `row.get("input") or ""` would return it.
             yield name, None
     if not values.is_null(row.get("history")) and (earlier := turns.history(row["history"])):
         yield "history", earlier

@@ -1,4 +1,5 @@
-"""Look at the rows of a source and say how a job reads them: their format, and the names of their fields."""
+"""Examine the rows of a source and find the settings with which a job reads them: their format, and the names of their
+fields."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from steerlab.guards.json_values import JsonObject
 from steerlab.job import DataSet
 
 _LOOKED_AT = 50
-"""Rows of a source that are looked at."""
+"""Number of rows of a source that are examined."""
 _SHOWN_FIELDS = 12
-# The first name that rows have is taken; names of public data sets.
+# The first name that the rows have is taken; these are names of public data sets.
 _ASKED = ("instruction", "question", "prompt", "query", "problem", "request", "goal", "user")
 _ABOUT = ("input", "context", "data", "passage")
 _ANSWERED = ("output", "response", "answer", "completion", "solution", "target", "reply", "assistant")
@@ -28,7 +29,7 @@ def settings_of(source: str, role: str = "train") -> JsonObject:
 
     Args:
         source: The source.
-        role: What the data set is for in a job: pairs belong to `preference` alone, and `source` and `target` are texts where
+        role: What the data set is for in a job: pairs belong to `preference` only, and `source` and `target` are texts where
             the rows allow it.
 
     Raises:
@@ -40,7 +41,7 @@ def settings_of(source: str, role: str = "train") -> JsonObject:
         if _fits(source, settings):
             return settings
     raise ValueError(
-        f"{sources.short(source)}: no format fits its rows, which have {_described(looked_at, names)}; say how they are read: "
+        f"{sources.short(source)}: no format fits its rows, which have {_described(looked_at, names)}; set how they are read: "
         "format instruction needs a question and an answer, {rename: {OLD: instruction, OTHER: output}}; text one field, "
         "{field: NAME}; preference a prompt with chosen and rejected; conversation a list of messages"
     )
@@ -94,7 +95,7 @@ def _renamed_pairs(names: Sequence[str]) -> Iterator[JsonObject]:
 
 
 def _of(names: Sequence[str], known: Sequence[str]) -> str | None:
-    """Return the name of a field that is known, in whatever case it is written."""
+    """Return the name of a field that is known, in any case."""
     lower = {name.lower(): name for name in reversed(names)}
     return next((lower[name] for name in known if name in lower), None)
 
@@ -109,7 +110,7 @@ def _fits(source: str, settings: Mapping[str, object]) -> bool:
     """Return whether the first rows can be read with some settings."""
     try:
         data = DataSet.model_validate({"source": source, "limit": _LOOKED_AT, **settings})
-        # A row may be left out with a warning; here all of the first rows have to fit.
+        # A row may be skipped with a warning; here all of the first rows have to fit.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return bool(rows.read(data))

@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 
 class Portion(NamedTuple):
-    """What one data set contributes to a mixture."""
+    """The part of one data set in a mixture."""
 
     taken: int
     """Rows of the mixture; more than `size` if rows are repeated."""
@@ -31,7 +31,7 @@ class Portion(NamedTuple):
 
 
 def portions(sizes: Sequence[int], weights: Sequence[float], total: int | None) -> list[Portion]:
-    """Return what each data set contributes.
+    """Return the part of each data set.
 
     Args:
         sizes: Number of rows of each data set, above 0.
@@ -41,7 +41,7 @@ def portions(sizes: Sequence[int], weights: Sequence[float], total: int | None) 
     Raises:
         ValueError: the mixture is so small that a data set would contribute no row.
     """
-    # As fractions of what was written: 0.1 is a tenth, so that a tenth of 1,000 rows is 100 on every machine.
+    # Weights are fractions as they were written: 0.1 is a tenth, so that a tenth of 1,000 rows is 100 on every machine.
     exact = [Fraction(repr(weight)) for weight in weights]
     shares = [weight / sum(exact) for weight in exact]
     num = min(math.floor(size / share) for size, share in zip(sizes, shares, strict=True)) if total is None else total
@@ -62,6 +62,7 @@ def portions(sizes: Sequence[int], weights: Sequence[float], total: int | None) 
 
 def mixed(parts: Sequence[Sequence[_T]], portions: Sequence[Portion]) -> list[_T]:
     """Return the rows of a mixture, part by part; a part that is too small begins again with its first row."""
-    # Part by part, as `also` appends them: the training draws a permutation of all rows anyway (training/loop.py).
+    # Rows are in the order of the parts, as `also` appends them; the training draws a permutation of all rows anyway
+    # (training/loop.py).
     pairs = zip(parts, portions, strict=True)
     return [part[i % len(part)] for part, portion in pairs for i in range(portion.taken)]

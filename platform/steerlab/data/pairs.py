@@ -34,10 +34,10 @@ BESIDE = ("input", "system")
 KNOWN_BY = ("chosen", "completions", "completion", "label")
 """Fields that identify an object as a row in one of these forms."""
 
-# In order of preference: a completion of UltraFeedback has more than one of them.
+# The names are in order of preference, because a completion of UltraFeedback has more than one of them.
 _SCORES = ("overall_score", "fine-grained_score", "score", "rating")
 _RESPONSES = ("response", "completion", "text")
-# TRL's KTO format has booleans; tables saved as CSV have the texts of them, or 0 and 1.
+# TRL's KTO format has booleans; tables saved as CSV have the texts of booleans, or 0 and 1.
 _LABELS = {True: ("true", "1"), False: ("false", "0")}
 
 
@@ -84,7 +84,7 @@ def pair(row: Row) -> dict[str, object]:
 
 
 def _without_nulls(row: Row) -> dict[str, object]:
-    # Data sets merged from several sources carry every source's columns, null in the rows of all the others.
+    # Data sets merged from several sources have the columns of every source, null in the rows of all others.
     return {name: value for name, value in row.items() if not values.is_null(value)}
 
 
@@ -102,7 +102,7 @@ def _checked(prompt: Prompt, chosen: str, rejected: str) -> dict[str, object]:
 
 
 def unused(row: Row, pair_of_row: Row) -> list[str]:
-    """List the non-empty fields of a row that its pair leaves out; `pair_of_row` is what `pair` returned for it."""
+    """List the non-empty fields of a row that its pair does not use; `pair_of_row` is the result of `pair` for it."""
     filled = {name for name, value in row.items() if not values.is_null(value) and value not in ("", [])}
     used = {name for name in BESIDE if name in pair_of_row}
     if isinstance(pair_of_row["prompt"], list):
@@ -115,12 +115,13 @@ def unused(row: Row, pair_of_row: Row) -> list[str]:
 
 
 def _prompt(fields: Row) -> str | Messages:
-    """Return the content of the prompt field; empty where the responses hold the prompt."""
+    """Return the content of the prompt field; empty if the responses contain the prompt."""
     name = next((name for name in ("conversations", "prompt", "instruction") if fields.get(name)), None)
     if name is None and (conversation := fields.get("messages")):
-        # UltraFeedback binarised repeats the chosen conversation in `messages`: ending in an answer, it is not a prompt.
+        # UltraFeedback binarised repeats the chosen conversation in `messages`; a conversation that ends in an answer is not a
+        # prompt.
         messages = turns.messages(conversation, "messages")
-        # An empty prompt: it is taken from the beginning that both responses share.
+        # The prompt is empty here and is later taken from the beginning that both responses share.
         return [] if messages[-1]["role"] == "assistant" else messages
     if name is None:
         return ""
@@ -169,7 +170,7 @@ def _parted(prompt: str | Messages, chosen: Messages, rejected: Messages) -> tup
                 f"after the beginning that both share, {name} holds {len(rest)} turns, not one of the assistant{spoken}"
             )
         texts.append(rest[0]["content"])
-    # Some sets repeat the prompt inside both conversations, others leave it out: it must not be asked twice.
+    # Some sets repeat the prompt inside both conversations, others do not; it must occur only once.
     includes_prompt = all(message in shared for message in prompt_turns)
     return (shared if includes_prompt else [*prompt_turns, *shared]), texts[0], texts[1]  # type: ignore[list-item]
 
@@ -182,7 +183,7 @@ def _best_and_worst(completions: object) -> dict[str, str]:
     if not scored:
         raise ValueError(f"no two of its completions have a score ({' or '.join(_SCORES)})")
     (_, best), (_, worst) = max(scored, key=lambda entry: entry[0]), min(scored, key=lambda entry: entry[0])
-    # All scores are equal.
+    # Best and worst are the same if all scores are equal.
     if best is worst:
         raise ValueError(f"all of its completions have the score {scored[0][0]:g}, so none is preferred")
     names = [next((name for name in _RESPONSES if name in entry), "response") for entry in (best, worst)]
@@ -197,7 +198,7 @@ def _scored(completions: Sequence[Row], name: str) -> list[tuple[float, Row]]:
     for entry in completions:
         try:
             score = values.number(entry.get(name))
-        except ValueError:  # UltraFeedback writes "N/A" for a score that its judge did not give
+        except ValueError:  # UltraFeedback writes "N/A" for a missing score
             continue
         if score is not None:
             scores.append((float(score), entry))
@@ -226,7 +227,7 @@ def judged(row: Row) -> Judged | None:
 
 
 def _single_turn(completion: object) -> str:
-    # Any non-empty prompt here keeps a completion that looks like a dialogue as it is: the prompt has its own field.
+    # Any non-empty prompt here prevents a completion that looks like a dialogue from being split; the prompt has its own field.
     response = _response(completion, "completion", "a prompt")
     if isinstance(response, str):
         return response
@@ -245,18 +246,18 @@ def _label(value: object) -> bool:
 def matched(judged: Sequence[Judged]) -> list[dict[str, object] | ValueError]:
     """Pair good with bad responses to the same prompt; a response without a partner gives a ValueError in the list instead.
 
-    Every response is in at least one pair: where a prompt has more of one kind, those of the other kind are used again.
+    Every response is in at least one pair: if a prompt has more of one kind, those of the other kind are used again.
     """
     groups: dict[str, list[Judged]] = {}
     for entry in judged:
-        # Messages are lists, which cannot be keys of a dict; their JSON can.
+        # Messages are lists, which cannot be keys of a dict, but their JSON can.
         groups.setdefault(json.dumps(entry.prompt.fields, sort_keys=True), []).append(entry)
     results: list[dict[str, object] | ValueError] = []
     for group in groups.values():
         good, bad = ([entry for entry in group if entry.good is kind] for kind in (True, False))
         if not good or not bad:
             reason = f"a prompt has {len(group)} {'good' if good else 'bad'} and no {'bad' if good else 'good'} completion"
-            results += [ValueError(f"{reason}, which makes no pair")] * len(group)
+            results += [ValueError(f"{reason}, so it gives no pair")] * len(group)
             continue
         # The shorter list is repeated, so that no labelled response is lost.
         for i in range(max(len(good), len(bad))):

@@ -1,4 +1,4 @@
-"""What is done with the rows of a data set that have their format: repeats left out, shuffled, prompts with tags and seeds."""
+"""Steps on the rows of a data set that have their format: drop repeats, shuffle, add tags and seeds to prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def distinct(rows: Iterator[dict[str, object]], data: DataSet) -> Iterator[dict[
 
 
 def shuffled(rows: Iterator[dict[str, object]], seed: int | None) -> Iterator[dict[str, object]]:
-    """Yield the rows in the order of a seed; None keeps their own."""
+    """Yield the rows in the order of a seed; None does not change the order."""
     if seed is None:
         return rows
     all_rows = list(rows)

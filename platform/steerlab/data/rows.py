@@ -1,4 +1,4 @@
-"""Read the rows of a job's data set, and filter, order and cut them as its `DataSet` says.
+"""Read the rows of a job's data set, and filter, order and cut them according to its `DataSet`.
 
 Each row goes through the same steps in this order: rename fields (`rename`), add constant fields (`fill`), filter (`subset`,
 `equals`, `where`), replace values by names (`map`), compose fields (`compose`), bring the row into its format (forms.py).
@@ -21,7 +21,7 @@ from steerlab.data.values import Row
 from steerlab.job import DataSet, compositions
 
 _FIRST_LOOKS = (1, 256, None)
-"""How many rows of a generated data set are made to find one that passes the filters; None makes all of them."""
+"""Numbers of rows of a generated data set that are made to find one that passes the filters; None makes all of them."""
 _GENERATED = ("tiny", "gym", "pixels")
 _checked: set[tuple[str, str]] = set()
 """(Data set, fingerprint of its files) without bad rows: a sweep checks the same data sets for each of its points."""
@@ -32,10 +32,10 @@ def read(data: DataSet) -> list[dict[str, object]]:
 
     Format text: `text`, and `seed` if the data set draws each prompt several times. Format instruction: `instruction` and
     `output`, optionally `input`, `system` and `history`. Format preference: the fields of pairs.py. Format conversation:
-    `messages`. Format image: `image` and `text`. A row keeps its other fields.
+    `messages`. Format image: `image` and `text`. Other fields of a row are retained.
 
     Raises:
-        ValueError: a source is wrong, a row lacks a field or has a value of the wrong type, no row is left, or `also` has rows
+        ValueError: a source is wrong, a row lacks a field or has a value of the wrong type, no row remains, or `also` has rows
             of another format (only training reads such a data set, part by part).
     """
     check_one_format(data)
@@ -51,10 +51,10 @@ def is_mixture(data: DataSet) -> bool:
 
 
 def portions(data: DataSet) -> dict[str, mixing.Portion]:
-    """Return what each data set of a mixture contributes, by a short name; reads all of their rows. Raises as `read` does."""
+    """Return the part of each data set of a mixture, by a short name; reads all of their rows. Raises as `read` does."""
     shares = _portions(data, list(map(len, [_read_own(data), *map(read, data.also)])))
     names = [describe(part) for part in (data, *data.also)]
-    # Two parts of one file have one name.
+    # Two parts of one file have the same name.
     named = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
     return dict(zip(named, shares, strict=True))
 
@@ -75,7 +75,7 @@ def _read_own(data: DataSet) -> list[dict[str, object]]:
             yield row
 
     end = None if data.limit is None else data.offset + data.limit
-    # Lazy up to here: without a filter or a shuffle, `limit: 100` reads 100 rows of a file of millions.
+    # The rows are read lazily up to here: without a filter or a shuffle, `limit: 100` reads 100 rows of a file of millions.
     selected = list(islice(shuffled(counted(), data.shuffle), data.offset, end))
     seen.check_names(data)
     if not selected:
@@ -88,16 +88,18 @@ def check_one_format(data: DataSet) -> None:
     """Refuse a data set that mixes formats, where each row must have the same fields. Raises ValueError."""
     formats = dict.fromkeys(part.format for part in data.parts)
     if len(formats) > 1:
-        raise ValueError(f"also mixes rows of formats {' and '.join(formats)}: only data.train and data.validation can do that")
+        raise ValueError(
+            f"also mixes rows of formats {' and '.join(formats)}: only data.train and data.validation can mix formats"
+        )
 
 
 def check(data: DataSet) -> None:
-    """Check the rows of a data set before any work starts, and warn about rows that are left out.
+    """Check the rows of a data set before any work starts, and warn about rows that are skipped.
 
     From files, every row that the job reads is checked, once per process; from a generator (tiny, gym, pixels), the first row.
 
     Raises:
-        ValueError: a row does not fit the data set's format, or no row is left.
+        ValueError: a row does not fit the data set's format, or no row remains.
     """
     generated = all(sources.parse(source).kind in _GENERATED for source in data.sources)
     if generated and data.subset is None:
@@ -112,12 +114,12 @@ def check(data: DataSet) -> None:
 
 
 def _check_portions(data: DataSet) -> None:
-    """Raise ValueError for a mixture that leaves no row of one of its data sets."""
+    """Raise ValueError for a mixture without a row of one of its data sets."""
     if data.mixed_rows is not None:
-        # The number of rows of the mixture alone decides; a data set that is too small is repeated.
+        # Only the number of rows of the mixture matters; a data set that is too small is repeated.
         _portions(data, [1] * (1 + len(data.also)))
         return
-    # The size of a generated data set may be anything, and is only known after all of its rows are made.
+    # The size of a generated data set may be anything, and is known only after all of its rows are made.
     if any(sources.parse(source).kind in _GENERATED for part in data.parts for source in part.sources):
         return
     key = "mixture " + data.model_dump_json(), json.dumps([fingerprint(part) for part in data.parts])
@@ -127,7 +129,7 @@ def _check_portions(data: DataSet) -> None:
 
 
 def _check_first(data: DataSet) -> None:
-    """Check the first row of a generated data set that passes the filters; if there is none, check all rows for the reason."""
+    """Check the first row of a generated data set that passes the filters; if no row passes, check all rows for the reason."""
     for look in _FIRST_LOOKS:
         seen = Seen.before(data, describe(data))
         if next(_each(data, seen, look), None) is not None and not seen.absent:
@@ -136,7 +138,7 @@ def _check_first(data: DataSet) -> None:
 
 
 def _check_all(data: DataSet) -> None:
-    """Read the rows that the job would use, once for each data set and process, and raise or warn about what is wrong."""
+    """Read the rows that the job would use, once for each data set and process, and raise or warn about faults."""
     key = data.model_dump_json(), json.dumps(fingerprint(data))
     if key in _checked:
         return
@@ -159,7 +161,7 @@ def count(data: DataSet) -> int:
 
 @lru_cache(maxsize=64)
 def _counted(data: str, fingerprints: str, kind: type[DataSet]) -> int:
-    # `fingerprints` is part of the cache's key only: it changes when the content of a source does.
+    # `fingerprints` is only part of the cache's key: it changes when the content of a source does.
     whole = kind.model_validate_json(data)
     # Training data may hold several formats, which are read part by part.
     parts = (whole,) if is_mixture(whole) else whole.parts
@@ -184,7 +186,7 @@ def fingerprint(data: DataSet) -> str | list[str]:
 
 
 def _each(data: DataSet, seen: Seen, limit: int | None) -> Iterator[dict[str, object]]:
-    """Yield the formed rows of all sources, without those left out; reads the first `limit` rows of each source (None: all)."""
+    """Yield the formed rows of all sources, without skipped rows; reads the first `limit` rows of each source (None: all)."""
     judged, own = [], _own_fields(data)
 
     def is_row(content: Row) -> bool:
@@ -203,10 +205,10 @@ def _each(data: DataSet, seen: Seen, limit: int | None) -> Iterator[dict[str, ob
                 judged.append(formed)
             elif formed is not None:
                 yield formed
-        # An empty source among several would pass unnoticed.
+        # An empty source among several would otherwise pass unnoticed.
         if not number:
             raise SourceError(f"{source} has no rows")
-    # Only now: the two responses of a KTO pair may stand far apart, or in two sources.
+    # Pairs are matched after all rows are read, because the two responses of a KTO pair may be far apart, or in two sources.
     for pair in pairs.matched(judged):
         if isinstance(pair, ValueError):
             seen.leave_out(f"{describe(data)}: {pair}", data)
@@ -219,7 +221,7 @@ def _own_fields(data: DataSet) -> list[str]:
     old = {new: name for name, new in data.rename.items()}
     added = data.fill.keys() | data.compose.keys()
     composed = [name for template in data.compose.values() for name in compositions.fields(template)]
-    # Preference rows come in several forms, so none of the fields is needed in all of them.
+    # Preference rows come in several forms, so no field is needed in all of them.
     needed = [name for name in data.needed_fields if name not in added and data.format != "preference"]
     return [old.get(name, name) for name in (*needed, *composed)]
 
@@ -229,7 +231,7 @@ def _place(source: str, number: int, error: ValueError) -> str:
 
 
 def _formed(row: dict[str, object] | SourceError, data: DataSet, seen: Seen) -> dict[str, object] | pairs.Judged | None:
-    """Return a row in its format; None if a filter leaves it out. Raises ValueError for a bad row."""
+    """Return a row in its format; None if a filter excludes it. Raises ValueError for a bad row."""
     seen.read += 1
     if isinstance(row, SourceError):
         raise row
@@ -267,7 +269,7 @@ def _check_renamed(row: Row, data: DataSet) -> None:
 
 
 def _needed(data: DataSet) -> int | None:
-    """Return how many rows of a source are enough; None if a step may leave some out, so that all have to be read."""
+    """Return how many rows of a source are enough; None if a step may skip some, so that all have to be read."""
     filters = (
         data.where
         or data.equals

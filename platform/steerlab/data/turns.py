@@ -25,7 +25,7 @@ ROLES = {
 }  # fmt: skip
 """Speaker names in data sets -> roles of chat templates."""
 
-# Thoughts and media beside the text of a message, of which only the text is read.
+# These fields hold thoughts and media besides the text of a message; only the text is read.
 _UNUSED = ("reasoning_content", "reasoning", "thinking", "images", "audios", "videos")
 _CALLS = ("tool_calls", "function_call")
 
@@ -39,7 +39,7 @@ def is_dialogue(text: str) -> bool:
 
 def dialogue(text: str) -> Messages:
     """Split the text of a dialogue into messages."""
-    # The format has no escape: a message that itself contains "\n\nHuman:" is split there as well.
+    # The format has no escape, so a message that itself contains "\n\nHuman:" is split there as well.
     _, *pieces = _TURN.split(text)
     return [
         {"role": ROLES[speaker.lower()], "content": content.strip()}
@@ -53,7 +53,7 @@ def unused(entries: object, name: str) -> list[str]:
         return []
     messages = [message for message in entries if isinstance(message, Mapping)]
     names = [key for key in _UNUSED if any(_is_filled(message.get(key)) for message in messages)]
-    # OpenAI's fine-tuning format: an answer of weight 0 is not trained on there, but is here.
+    # In OpenAI's fine-tuning format an answer of weight 0 is not trained on, but here it is.
     names += ["weight"] if any(message.get("weight") == 0 for message in messages) else []
     return [f"{name}.{key}" for key in names]
 
@@ -86,7 +86,7 @@ def _message(message: Row, field: str, name: str) -> dict[str, str]:
     for calls in _CALLS:
         if _is_filled(message.get(calls)):
             raise ValueError(
-                f"{name} asks for tools ({calls}), which is not read: write what the model is to write into content"
+                f"{name} calls tools ({calls}), which is not supported: put the text that the model should write into content"
             )
     # Some tables have all four columns, with the unused pair null.
     speaker, content = (_first(message, keys) for keys in (("role", "from"), ("content", "value")))

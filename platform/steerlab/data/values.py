@@ -1,7 +1,7 @@
 """Look up values in nested rows by path, and read them as texts, numbers or booleans.
 
-A path names a value: `prompt.text` is the key `text` of the object in `prompt`, `answers.0` the first entry of a list. A column
-whose own name contains the dots comes first.
+A path names a value: `prompt.text` is the key `text` of the object in `prompt`, `answers.0` is the first entry of a list. A
+column whose own name contains the dots comes first.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ def kind(value: object) -> str:
     if is_null(value):
         return "NaN"
     word = next((word for types, word in _KINDS if isinstance(value, types)), f"a {type(value).__name__}")
-    # `repr` of an int above 4300 digits raises ValueError (Python 3.11); 200 bits are more than a message shows anyway.
+    # `repr` of an int above 4300 digits raises ValueError (Python 3.11); a message shows fewer digits than 200 bits anyway.
     shown = repr(value) if not isinstance(value, int) or value.bit_length() < 200 else "..."
     return f"{word} ({shown if len(shown) <= _SHOWN_CHARS else shown[: _SHOWN_CHARS - 3] + '...'})"
 
 
-# In this order: a bool is an int, and a str is a Sequence.
+# The order matters: a bool is an int, and a str is a Sequence.
 _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (bool, "a boolean"),
     ((int, float, Decimal), "a number"),
@@ -97,12 +97,12 @@ def text(value: object, name: str, *, scalars: bool = False) -> str:
         ValueError: the value is of another type, or the text has half of a surrogate pair. The message begins with `name`.
     """
     if isinstance(value, str):
-        # Escapes of JSON can write a lone surrogate, which UTF-8 cannot: tokenizers and files would fail on it much later.
+        # Escapes of JSON can write a lone surrogate, which UTF-8 cannot; tokenizers and files would fail on it much later.
         if not value.isascii() and (half := _SURROGATE.search(value)):
-            raise ValueError(f"{name} holds half of a character (\\u{ord(half.group()):04x} alone), which is no text")
+            raise ValueError(f"{name} holds half of a character (\\u{ord(half.group()):04x} alone), which is not a valid text")
         return value
     if scalars and isinstance(value, bool):
-        # JSON's spelling, not Python's: the text is read by a model.
+        # The spelling is JSON's, not Python's, because a model reads the text.
         return "true" if value else "false"
     # NaN and infinity are not JSON, so they are not texts either.
     if scalars and is_number(value) and math.isfinite(value):
@@ -129,7 +129,7 @@ def number(value: object) -> float | int | Decimal | None:
 
 
 def same(value: object, wanted: str | int | float | bool | None) -> bool:
-    """Return whether a row's value equals a job's `wanted`, whatever their spelling.
+    """Return whether a row's value equals a job's `wanted`, in any spelling.
 
     1 equals 1.0 and the text "1"; true equals the texts "true", "True" and "yes", but no number; null equals null and NaN.
 
@@ -138,7 +138,7 @@ def same(value: object, wanted: str | int | float | bool | None) -> bool:
     """
     if is_null(value) or wanted is None:
         return is_null(value) and wanted is None
-    # Booleans before numbers: to Python True == 1.
+    # Booleans are compared before numbers, because to Python True == 1.
     for boolean, other in ((value, wanted), (wanted, value)):
         if isinstance(boolean, bool):
             return other is boolean if isinstance(other, bool) else writes_boolean(other, boolean)
@@ -150,11 +150,11 @@ def same(value: object, wanted: str | int | float | bool | None) -> bool:
         return _writes_number(value, wanted)
     if isinstance(wanted, str) and is_number(value):
         return _writes_number(wanted, value)
-    raise ValueError(f"is {kind(value)}, which is not compared")
+    raise ValueError(f"is {kind(value)}, which cannot be compared")
 
 
 def writes_boolean(text: object, value: bool) -> bool:
-    """Return whether a text spells the boolean `value`; yes and no count too, which YAML 1.1 reads as booleans."""
+    """Return whether a text spells the boolean `value`; yes and no count too, because YAML 1.1 parses them as booleans."""
     return isinstance(text, str) and text.strip().lower() in (("true", "yes") if value else ("false", "no"))
 
 

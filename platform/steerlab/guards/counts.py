@@ -20,7 +20,7 @@ def check_counts(config: object, where: str) -> None:
         config: Values of the JSON file.
         where: Name of the file, for the message.
     """
-    # A stack instead of recursion: the file may be nested deeper than Python recurses.
+    # A stack is used instead of recursion, because the file may be nested deeper than Python recurses.
     left: list[tuple[str, object]] = [("", config)]
     while left:
         name, value = left.pop()
@@ -32,6 +32,6 @@ def check_counts(config: object, where: str) -> None:
             most = _MOST_LAYERS if _LAYERS.fullmatch(name) else _MOST_OTHERS if _OTHERS.search(name) else math.inf
             if value > most:
                 raise ValueError(f"{where}: {name:.60} is {str(value)[:30]}; no model has more than {most:,}")
-            # Other settings may be negative with a meaning of their own: -1 for "no limit".
+            # Other settings may be negative with a meaning of their own, such as -1 for "no limit".
             if value < 0 and name.startswith(("num_", "n_")) and most is not math.inf:
-                raise ValueError(f"{where}: {name:.60} is {str(value)[:30]}, which is no number of parts")
+                raise ValueError(f"{where}: {name:.60} is {str(value)[:30]}, which is not a number of parts")

@@ -1,4 +1,4 @@
-"""Match the regular expressions of a job within limits of time and memory: `(.*)*x` could run for ever."""
+"""Match the regular expressions of a job within limits of time and memory; `(.*)*x` could run forever."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def _matched(pattern: str, names: Iterable[str], match: Callable[[regex.Pattern[
     if len(pattern) > _LONGEST:
         raise ValueError(f"module pattern {pattern[:60]!r}... has {len(pattern)} characters, more than {_LONGEST}")
     if calls := _CALLS.search(pattern):
-        raise ValueError(f"module pattern {pattern[:200]!r} calls itself ({calls[0]}): write it without")
+        raise ValueError(f"module pattern {pattern[:200]!r} calls itself ({calls[0]}): write it without recursion")
     end_s = time.monotonic() + _LIMIT_S
     try:
-        # `timeout` of `regex` covers matching only; `limited` covers compiling as well, and the memory of both.
+        # The `timeout` of `regex` covers matching only; `limited` also covers compiling, and the memory of both.
         with limited(f"module pattern {pattern[:200]!r}", seconds=2 * _LIMIT_S, num_bytes=_LIMIT_BYTES):
             compiled = regex.compile(pattern)
             return [name for name in names if match(compiled, name, max(1e-3, end_s - time.monotonic()))]
@@ -49,8 +49,8 @@ def _matched(pattern: str, names: Iterable[str], match: Callable[[regex.Pattern[
         raise ValueError(f"module pattern {pattern[:200]!r} is not a regular expression: {error}") from None
     except TimeoutError:
         raise ValueError(
-            f"module pattern {pattern[:200]!r} takes longer than {_LIMIT_S:g} s on the names of modules: it repeats what "
-            "repeats itself, such as (.*)*; write it without"
+            f"module pattern {pattern[:200]!r} takes longer than {_LIMIT_S:g} s on the names of modules: it has nested "
+            "repetitions, such as (.*)*; write it without them"
         ) from None
     except TooLong as error:
-        raise ValueError(f"{error}: it repeats what repeats itself; write it without") from None
+        raise ValueError(f"{error}: it has nested repetitions; write it without them") from None

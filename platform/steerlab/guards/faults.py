@@ -1,4 +1,4 @@
-"""Tell messages to users from internal errors; limit the time and memory of code that may not end."""
+"""Distinguish messages to users from internal errors; limit the time and memory of code that may not end."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ imported."""
 def is_for_people(error: BaseException) -> bool:
     """Return whether an error's message is written for users: whether a `raise` statement of this package raised it.
 
-    An operation that failed inside our code (`int("x")`, a missing key) and an error of a library are internal errors, whatever
-    their type: their messages speak of things that the user has never seen.
+    An operation that failed inside our code (`int("x")`, a missing key) and an error of a library are internal errors of any
+    type: their messages are about things that the user has never seen.
     """
-    # The frame that raised, not the one that caught: a library calls our code back.
+    # The frame that raised decides, not the one that caught, because a library calls our code back.
     raised = _innermost(error.__traceback__)
     if raised is None or raised.tb_frame.f_globals.get("__name__", "").partition(".")[0] != __name__.partition(".")[0]:
         return False
-    # The bytecode tells `raise ValueError(...)` from a ValueError that an expression in the same function raised.
+    # The bytecode distinguishes `raise ValueError(...)` from a ValueError that an expression in the same function raised.
     instructions = {each.offset: each.opname for each in dis.get_instructions(raised.tb_frame.f_code)}
     return instructions.get(raised.tb_lasti) == "RAISE_VARARGS"
 
@@ -68,7 +68,7 @@ def explained(what: str) -> Iterator[None]:
 
 
 _AGAIN_S = 0.5
-"""Seconds between two interruptions of code that went on after the first."""
+"""Seconds between two interruptions of code that continued after the first."""
 
 
 class TooLong(Exception):
@@ -77,10 +77,10 @@ class TooLong(Exception):
 
 @contextmanager
 def limited(what: str, *, seconds: float, num_bytes: int | None = None) -> Iterator[None]:
-    """Interrupt the block after a time, or when it allocates too much memory: a chat template may loop for ever.
+    """Interrupt the block after a time, or when it allocates too much memory: a chat template may loop forever.
 
     Memory is limited on Linux only, through the address space of the whole process, so the limit is approximate. In other
-    threads than the main one there is no limit.
+    threads than the main one it is not limited.
 
     Args:
         what: Beginning of the message.
@@ -90,12 +90,12 @@ def limited(what: str, *, seconds: float, num_bytes: int | None = None) -> Itera
     Raises:
         TooLong: the block reached a limit.
     """
-    # Python delivers signals to the main thread only. What runs in another thread was run once in the main thread before.
+    # Python delivers signals to the main thread only. Code of another thread was run once in the main thread before.
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
     try:
-        with _ended_after(seconds, f"{what} takes longer than {seconds:g} s, as if it did not end"), _within(num_bytes):
+        with _ended_after(seconds, f"{what} takes longer than {seconds:g} s, and may never end"), _within(num_bytes):
             yield
     except MemoryError:
         if num_bytes is None:
@@ -110,7 +110,7 @@ def _within(num_bytes: int | None) -> Iterator[None]:
     if num_bytes is None or resource is None or not status.exists():
         yield
         return
-    # RLIMIT_AS rather than RLIMIT_DATA, which counts memory of mmap since Linux 4.7 only.
+    # RLIMIT_AS is used instead of RLIMIT_DATA, which counts memory of mmap since Linux 4.7 only.
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = int(status.read_text().split()[0]) * resource.getpagesize() + num_bytes
     if soft == resource.RLIM_INFINITY or most < soft:
@@ -128,13 +128,13 @@ def _ended_after(seconds: float, message: str) -> Iterator[None]:
             return  # the limits themselves are being set or reset: interrupted there, they would stay in force
         raise TooLong(message)
 
-    # The timer repeats, because a library may catch the exception as an error of its own and go on.
+    # The timer repeats, because a library may catch the exception as an error of its own and continue.
     before, outer = signal.signal(signal.SIGALRM, end), signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
     began_s = time.monotonic()
     try:
         yield
     finally:
-        # Blocks may be nested: give the outer timer the time that it has left, at least a moment, since 0 would disarm it.
+        # Blocks may be nested, so the outer timer gets its remaining time, at least a moment, since 0 would disarm it.
         left_s = max(1e-3, outer[0] - (time.monotonic() - began_s)) if outer[0] else 0
         signal.setitimer(signal.ITIMER_REAL, left_s, outer[1])
         signal.signal(signal.SIGALRM, before)

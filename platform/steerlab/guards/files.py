@@ -39,7 +39,7 @@ def read(path: Path, longest: int = _LONGEST) -> bytes:
         FileError: the path is a pipe, a device or a folder, or the file has more than `longest` bytes.
         FileNotFoundError: the file does not exist.
     """
-    # By size first: reading and then checking would fill the memory.
+    # The size is checked first, because reading before checking would fill the memory.
     check(path, longest)
     return path.read_bytes()
 
@@ -49,7 +49,7 @@ def read_text(path: Path, longest: int = _LONGEST) -> str:
     try:
         return read(path, longest).decode()
     except UnicodeDecodeError as error:
-        raise FileError(f"{path} is no UTF-8 text (byte {error.start})") from None
+        raise FileError(f"{path} is not UTF-8 text (byte {error.start})") from None
 
 
 def check(path: Path, longest: int | None = None) -> None:
@@ -62,7 +62,7 @@ def check(path: Path, longest: int | None = None) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise FileError(f"{path} is {_kind(status.st_mode)}, not a file")
     if longest is not None and status.st_size > longest:
-        raise FileError(f"{path} has {status.st_size:,} bytes; such a file has {longest:,} at most")
+        raise FileError(f"{path} has {status.st_size:,} bytes; the maximum is {longest:,}")
 
 
 def check_folder(folder: Path, depth: int = 1) -> None:
@@ -110,7 +110,7 @@ def write_all(file: BinaryIO, content: bytes) -> None:
 
 
 def shared_lock(path: Path) -> int:
-    """Hold a lock on a file that several processes may hold, but none together with `locked`; closing the result ends it."""
+    """Hold a lock on a file that several processes may share, but which excludes `locked`; closing the result ends it."""
     handle = _opened(path, os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_SH)
@@ -129,11 +129,11 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         FileError: the path is a link, which could lead to any file.
         BlockingIOError: another process has the lock, and `wait` is false.
     """
-    # flock rather than a lock file: the kernel releases it when the process dies, also by SIGKILL.
+    # flock is used instead of a lock file, because the kernel releases it when the process dies, also by SIGKILL.
     try:
         handle = _opened(path, os.O_RDWR)
     except PermissionError:
-        # Another user's. To lock it, it need not be written, except on NFS, where the lock fails below.
+        # The file is another user's. To lock it, it need not be written, except on NFS, where the lock fails below.
         handle = _opened(path, os.O_RDONLY, make=False)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,9 +152,9 @@ def kernel() -> str:
 
 
 def share(folder: Path, like: Path) -> None:
-    """Give all below a folder, and it itself, the permissions of a file that was made with the user's umask.
+    """Give a folder and everything below it the permissions of a file that was made with the user's umask.
 
-    safetensors 0.8 and `tempfile` make files and folders that only their owner can read, whatever the umask.
+    safetensors 0.8 and `tempfile` make files and folders that only their owner can read, regardless of the umask.
     """
     mode = stat.S_IMODE(like.stat().st_mode)
     for path in (folder, *folder.rglob("*")):
@@ -173,7 +173,7 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        # Shared, so that two processes that ask at the same time do not take each other for the holder.
+        # The lock is shared, so that two processes that ask at the same time do not take each other for the holder.
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -185,14 +185,14 @@ def is_locked(path: Path) -> bool:
 def _opened(path: Path, flags: int, *, make: bool = True) -> int:
     """Open a file and return its descriptor. Raises FileError for a link, a pipe or a device."""
     try:
-        # O_NONBLOCK: opening a pipe for writing would wait until somebody reads from it.
+        # With O_NONBLOCK, opening a pipe for writing does not wait until somebody reads from it.
         handle = os.open(path, flags | (os.O_CREAT if make else 0) | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
         what = "a link" if error.errno == errno.ELOOP else "a named pipe"
         raise FileError(f"{path} is {what}, and this file is written to: remove it") from None
-    # Of the open file, not of its path, which may have been replaced since.
+    # The mode is that of the open file instead of its path, which may have been replaced since.
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
@@ -215,6 +215,6 @@ def _kind(mode: int) -> str:
 
 
 def escapes(name: str) -> bool:
-    """Return whether a relative path, read from a file or an archive, leads out of the folder it belongs to."""
+    """Return whether a relative path, read from a file or an archive, leads outside the folder it belongs to."""
     path = PurePosixPath(name.replace("\\", "/"))  # archives that were made on Windows may use backslashes
     return path.is_absolute() or ".." in path.parts or "\0" in name

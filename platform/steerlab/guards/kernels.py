@@ -16,7 +16,7 @@ def check_kernels(config: object, where: str) -> None:
         config: Values of the JSON file.
         where: Name of the file, for the message.
     """
-    # A stack instead of recursion: the file may be nested deeper than Python recurses.
+    # A stack is used instead of recursion, because the file may be nested deeper than Python recurses.
     left = [config]
     while left:
         value = left.pop()
@@ -25,7 +25,7 @@ def check_kernels(config: object, where: str) -> None:
                 chosen = value.get(name)
                 for kernel in chosen.values() if isinstance(chosen, Mapping) else (chosen,):
                     if kernel not in _OWN:
-                        raise ValueError(f"{where}: {name} is {kernel!r:.100}; it may be eager or sdpa, or not be named")
+                        raise ValueError(f"{where}: {name} is {kernel!r:.100}; give eager or sdpa, or remove it")
             left += value.values()
         elif isinstance(value, list):
             left += value

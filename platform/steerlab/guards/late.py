@@ -21,7 +21,7 @@ from typing import Any
 class _Late(ModuleType):
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the module, which the first call imports."""
-        # Nothing is kept: a test that replaces an attribute of the module changes what this returns.
+        # The attribute is not stored, so that a test that replaces an attribute of the module changes the result.
         return getattr(importlib.import_module(self.__name__), name)
 
 

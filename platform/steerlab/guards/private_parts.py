@@ -1,4 +1,4 @@
-"""All uses of private parts of libraries: each function says why it needs one, and which test fails when the part changes.
+"""All uses of private parts of libraries: each function documents why it needs one, and which test fails when the part changes.
 
 No other module may use private parts (`tests/unit/test_private_parts.py`). Each function imports its library when it is called,
 so that importing this module costs nothing.
@@ -42,7 +42,7 @@ def most_resources() -> dict[str, float]:
 
 
 def running_cluster() -> str | None:
-    """Return the address of a Ray cluster that runs on this machine; None if there is none.
+    """Return the address of a Ray cluster that runs on this machine; None if no cluster runs.
 
     `ray.init` would join it without a warning, even if another user started it; a command names it instead. Test:
     tests/ray/test_listening.py::test_a_commands_own_cluster_listens_on_loopback_and_its_files_are_the_users
@@ -54,7 +54,7 @@ def running_cluster() -> str | None:
         return None
     host, _, port = address.rpartition(":")
     try:
-        # Ray keeps the address in a file, which stays behind when the cluster is killed.
+        # Ray stores the address in a file, which remains when the cluster is killed.
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
     except OSError:
         return None
@@ -65,9 +65,9 @@ def running_cluster() -> str | None:
 def no_clusters_of_several_nodes() -> Iterator[str]:
     """Let `ray.init` in this block start a cluster of one node that listens on 127.0.0.1 only.
 
-    Yields the name of the environment variable that tells Ray's child processes the same. On Linux Ray binds every port but the
-    dashboard's to all addresses, and replaces the node address 127.0.0.1 by the machine's own. Ray's switch for Windows and
-    macOS, where clusters have a single node, prevents both. Test: tests/ray/test_listening.py
+    Yields the name of the environment variable that has the same effect in Ray's child processes. On Linux Ray binds every port
+    but the dashboard's to all addresses, and replaces the node address 127.0.0.1 by the machine's own. Ray's switch for Windows
+    and macOS, where clusters have a single node, prevents both. Test: tests/ray/test_listening.py
     """
     from ray._private import ray_constants
 
@@ -94,7 +94,7 @@ def walk_upload(folder: Path, note: Callable[[Path], None], logger: logging.Logg
 def local_trainer() -> type[DataParallelTrainer]:
     """Return the trainer of Ray Train V2 that does not set up torch's process group.
 
-    `TorchTrainer` destroys the group at its end, but DeepSpeed keeps using it in processes that stay for the next training.
+    `TorchTrainer` destroys the group at its end, but DeepSpeed keeps using it in processes that remain for the next training.
     The class of this name that Ray exports is that of V1. Test: tests/ray/test_sweeps.py, in warm processes.
     """
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -105,7 +105,7 @@ def local_trainer() -> type[DataParallelTrainer]:
 def tune_parts() -> tuple[type[TuneController], type[_ObjectCache], Callable[[type[TuneController]], None]]:
     """Return Ray Tune's controller, its cache of idle actors, and a function that makes Tune use another controller class.
 
-    Tune has no setting for the number of idle actors that it keeps (sweeps/processes.py says why they have to stay).
+    Tune has no setting for the number of idle actors that it keeps (sweeps/processes.py explains why they have to stay).
     Test: tests/ray/test_sweeps.py::test_two_hundred_trials_leave_the_driver_flat_and_the_report_fast
     """
     from ray.tune import tune
@@ -147,7 +147,7 @@ def let_last_trials_end(asha: AsyncHyperBandScheduler) -> None:
     Ray Tune (2.60) stops a trial at `max_t` before its last report is handled, so it would never be evaluated.
     Test: tests/ray/test_sweeps.py::test_asha_stops_trainings_that_fall_behind
     """
-    # The brackets hold copies of the setting that are made in the constructor.
+    # The brackets hold copies of the setting, made in the constructor.
     for part in (asha, *asha._brackets):
         part._stop_last_trials = False
 
@@ -169,7 +169,7 @@ def checkpoint_engine() -> tuple[type[TorchCheckpointEngine], list[type]]:
     """Return DeepSpeed's reader and writer of checkpoints, and the classes that checkpoints may contain.
 
     DeepSpeed (0.19) unpickles any class, and so would run the code of a hostile checkpoint. Test:
-    tests/unit/test_strangers_models.py, whose payload would leave a marker.
+    tests/unit/test_strangers_models.py, whose payload would write a marker.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import LossScaler

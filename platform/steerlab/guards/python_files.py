@@ -36,7 +36,7 @@ def run(content: bytes, path: Path, name: str, is_own: Callable[[Path], bool]) -
     module.__file__ = str(path)
     sys.modules[name] = module  # before running it: dataclasses and pydantic look up the module of a class by its name
     try:
-        # dont_inherit: this module's `from __future__ import annotations` would turn the file's annotations into texts.
+        # Without dont_inherit, this module's `from __future__ import annotations` would turn the file's annotations into texts.
         exec(compile(content, str(path), "exec", dont_inherit=True), vars(module))
     except SyntaxError as error:
         del sys.modules[name]

@@ -2,7 +2,7 @@
 
     part = saved.read(path, Part)      # Part is any type that pydantic validates; raises SavedError, whose message is one line
 
-Fields that contain a path have the type `Inside`, which keeps it in the folder of the file.
+Fields that contain a path have the type `Inside`, which refuses paths outside the folder of the file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from steerlab.guards.files import escapes
 
 _T = TypeVar("_T")
 _SHOWN = 120
-"""Characters of a value that a message shows."""
+"""Number of characters of a value that a message shows."""
 
 
 class SavedError(ValueError):
@@ -28,12 +28,12 @@ class SavedError(ValueError):
 
 def _inside(name: str) -> str:
     if not name or escapes(name):
-        raise ValueError("the path leads out of the folder")
+        raise ValueError("the path leads outside the folder")
     return name
 
 
 Inside = Annotated[str, AfterValidator(_inside)]
-"""A path in a file, relative to the folder of that file, which it does not leave."""
+"""A path in a file, relative to the folder of that file and inside it."""
 
 
 class Shape(BaseModel):
@@ -70,7 +70,7 @@ def parsed(content: bytes, kind: type[_T], where: str) -> _T:
 
 def _value(content: bytes, where: str) -> object:
     try:
-        # RecursionError: deeply nested lists exhaust the stack of Python's parser.
+        # RecursionError is raised for deeply nested lists, which exhaust the stack of Python's parser.
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise SavedError(f"{where} is not JSON: {' '.join(str(error).split())[:_SHOWN]}") from None

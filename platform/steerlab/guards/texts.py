@@ -9,7 +9,7 @@ from typing import overload
 from steerlab.guards.json_values import Json, JsonObject
 
 _LONGEST = 2000
-"""Characters of a message; a longer one is cut in the middle."""
+"""Maximum number of characters of a message; a longer one is cut in the middle."""
 _MOVING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters except tab and line break; terminal escapes begin with one of them
     "\u200e\u200f\u202a-\u202e\u2066-\u2069\u061c"  # marks that change the direction of a text (Trojan Source)
@@ -72,6 +72,6 @@ def shown(message: str) -> str:
     message = plain(message)
     if len(message) <= _LONGEST:
         return message
-    # The end of a message often has the cause, so the middle is left out.
+    # The end of a message often has the cause, so the middle is omitted.
     half = _LONGEST // 2 - 20
     return f"{message[:half]} [...] {message[-half:]}"

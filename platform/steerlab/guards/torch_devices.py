@@ -1,7 +1,7 @@
-"""The GPUs of this machine as its torch finds them, asked in a process of its own.
+"""The GPUs of this machine that its torch finds, queried in a separate process.
 
-Ray counts devices, whatever torch was installed: a CPU build of torch beside a GPU can use none of them. A process of its own,
-because a process that has asked CUDA keeps memory on the device.
+Ray counts devices, whichever torch was installed: a CPU build of torch beside a GPU can use none of them. The process is
+separate, because a process that has queried CUDA holds memory on the device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _LIMIT_S = 120
-"""Seconds for importing torch and asking it; a node that is busy takes half a minute."""
+"""Time limit in seconds for importing torch and the query; a busy node takes half a minute."""
 _QUESTION = """
 import json, torch
 built = torch.backends.cuda.is_built()
@@ -27,12 +27,12 @@ print(json.dumps({"torch": torch.__version__, "built": built, "cuda": torch.vers
 
 
 class TorchDevices(NamedTuple):
-    """What torch says about a machine's GPUs."""
+    """The GPUs of a machine according to torch."""
 
     torch: str
-    """Version of torch; empty if it could not be asked."""
+    """Version of torch; empty if the query failed."""
     problem: str
-    """Why torch can use no GPU; empty if it can."""
+    """Reason why torch can use no GPU; empty if it can."""
     gpus: tuple[tuple[str, int], ...] = ()
     """Name and memory in bytes of each GPU."""
 
@@ -44,14 +44,14 @@ class TorchDevices(NamedTuple):
 
 
 def is_present() -> bool:
-    """Return whether this machine has a device file of a GPU of NVIDIA's, whatever torch can do with it."""
+    """Return whether this machine has a device file of a GPU of NVIDIA's, whether torch can use it or not."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()  # the latter in Windows' Linux
 
 
 @cache
 def here() -> TorchDevices:
-    """Ask torch about the GPUs of this machine; once in a process."""
-    # Without what hides devices from this process: a Ray worker that has reserved none sees none.
+    """Query torch about the GPUs of this machine, once in a process."""
+    # The variable that hides devices from this process is removed, because a Ray worker that has reserved no GPU sees none.
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     command = [sys.executable, "-c", _QUESTION]
     try:
@@ -60,12 +60,12 @@ def here() -> TorchDevices:
         return TorchDevices("", f"torch did not answer within {_LIMIT_S} s")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return TorchDevices("", f"torch could not be asked: {last[:200]}")
+        return TorchDevices("", f"torch could not be queried: {last[:200]}")
     return read(done.stdout)
 
 
 def read(answer: str) -> TorchDevices:
-    """Return what torch answered, the last line of its output."""
+    """Return the answer of the query, which is the last line of its output."""
     described = json.loads(answer.strip().splitlines()[-1])
     version, gpus = str(described["torch"]), tuple((str(name), int(size)) for name, size in described["gpus"])
     if not described["built"]:

@@ -1,4 +1,4 @@
-"""Say what is being waited for, when it takes long."""
+"""Warn about long waits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def announced(what: str) -> Iterator[None]:
             warnings.warn(f"waits for {what}, {waited_s:.0f} s so far", stacklevel=2)
             waited_s += NEXT_S
 
-    # A thread, because the block is in a library's call. A daemon, so that it cannot keep a process alive that is ending.
+    # A thread is needed, because the block is in a library's call. It is a daemon, so that it cannot keep a process alive that
+    # is ending.
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield

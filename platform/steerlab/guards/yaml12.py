@@ -1,8 +1,8 @@
 """Read YAML by the core schema of version 1.2: `no` is a text, `2e-2` a number, `010` is ten, a date is a text.
 
-PyYAML alone reads YAML 1.1. Besides, duplicate keys of a mapping are refused here, as are tags other than those of JSON's
+PyYAML alone reads YAML 1.1. In addition, duplicate keys of a mapping are refused here, as are tags other than those of JSON's
 types, infinite numbers, and documents that expand to too many values. Of YAML 1.1, merges (`<<`) and underscores in numbers
-(`1_000`) are kept.
+(`1_000`) are accepted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def load_rows(text: str) -> Json:
         YamlError: the text is not YAML, has more than a million values, or is nested too deeply.
     """
     try:
-        # A first pass over events only: libyaml builds the tree recursively in C, where deep nesting overflows the stack.
+        # The first pass is over events only, because libyaml builds the tree recursively in C, where deep nesting overflows the
+        # stack.
         check_events(RowLoader(text))
         loader = RowLoader(text)
         node = loader.get_single_node()
@@ -48,14 +49,14 @@ def load_rows(text: str) -> Json:
         mark = error.problem_mark or error.context_mark
         raise YamlError(_in_words(error), None if mark is None else mark.line + 1) from None
     except yaml.YAMLError as error:
-        raise YamlError(f"a control character or a half of one, {_character(error)}, is no text") from None
+        raise YamlError(f"a control character or half of one, {_character(error)}, is not allowed in a text") from None
 
 
 def load_value(text: str) -> Json:
     """Read a value of the command line. Raises YamlError, also for a comment, which can only be a mistake there."""
     value, end = _load(text)
     if text[end:].strip():
-        raise YamlError("what follows ' #' would be a comment")
+        raise YamlError("the text after ' #' would be a comment")
     return value
 
 
@@ -76,7 +77,7 @@ def _load(text: str) -> tuple[Json, int]:
         # PyYAML's ReaderError, for characters that YAML forbids, has a position instead of a mark.
         position = getattr(error, "position", None)
         line = text.count("\n", 0, position) + 1 if isinstance(position, int) else None
-        raise YamlError(f"a control character or a half of one, {_character(error)}, is no text", line) from None
+        raise YamlError(f"a control character or half of one, {_character(error)}, is not allowed in a text", line) from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -90,14 +91,14 @@ def _character(error: yaml.YAMLError) -> str:
 def _in_words(error: yaml.MarkedYAMLError) -> str:
     """Return an error of PyYAML in words for the author of the file; its own are those of a parser."""
     context, problem = (" ".join(str(part or "").split()) for part in (error.context, error.problem))
-    # Words of PyYAML's message -> message; the first entry that occurs in it is taken.
+    # The keys are words of PyYAML's message; the first entry that occurs in it is taken.
     messages = {
         "exceeded maximum nesting depth": f"the values are nested more than {MAX_DEPTH} deep",
-        "'\\t' that cannot start": "a tab stands where YAML wants spaces",
+        "'\\t' that cannot start": "a tab is at a place where YAML needs spaces",
         "expected a single document": "a second document begins (---); a file holds one",
-        "scanning an alias": "what begins with * is an alias in YAML",
-        "undefined alias": f"{problem}; what begins with * is an alias in YAML",
-        "scanning an anchor": "what begins with & is an anchor in YAML",
+        "scanning an alias": "a text that begins with * is an alias in YAML",
+        "undefined alias": f"{problem}; a text that begins with * is an alias in YAML",
+        "scanning an anchor": "a text that begins with & is an anchor in YAML",
         "a quoted scalar": "a quote is not closed",
         "flow": "a [ or { is not closed" if "<stream end>" in problem else problem,
     }

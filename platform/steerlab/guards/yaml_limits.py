@@ -7,11 +7,11 @@ from typing import Protocol
 import yaml
 
 MAX_DEPTH = 64
-"""Levels of nesting; Python's recursion limit allows a few hundred."""
+"""Maximum number of levels of nesting; Python's recursion limit allows a few hundred."""
 MAX_VALUES = 100_000
-"""Values of a job file."""
+"""Maximum number of values of a job file."""
 MAX_ROW_VALUES = 1_000_000
-"""Values of a file of rows."""
+"""Maximum number of values of a file of rows."""
 
 
 class YamlError(ValueError):
@@ -45,7 +45,7 @@ def line_of(place: yaml.Node | yaml.Event) -> int:
 
 def check_size(root: yaml.Node, most: int) -> None:
     """Raise YamlError if aliases form a cycle, or expand to more than `most` values or too many levels."""
-    # Sizes are computed once per node and never expanded: nine levels of nine aliases each would be a billion values.
+    # Sizes are computed once per node and never expanded; nine levels of nine aliases each would be a billion values.
     sizes: dict[int, tuple[int, int]] = {}
     open_: set[int] = set()
 
@@ -56,18 +56,18 @@ def check_size(root: yaml.Node, most: int) -> None:
         if isinstance(node, yaml.ScalarNode):
             return 1, 1
         if id(node) in open_:
-            raise YamlError("an alias (*) stands inside of what it names", line_of(node))
+            raise YamlError("an alias (*) is inside the value that it names", line_of(node))
         open_.add(id(node))
         # Items are nodes in a sequence, and (key, value) pairs of nodes in a mapping.
         below = [size(child) for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
         open_.discard(id(node))
         total, depth = 1 + sum(count for count, _ in below), 1 + max((deep for _, deep in below), default=0)
-        # By identity: an alias is the same node object in PyYAML's tree.
+        # The key is the identity, because an alias is the same node object in PyYAML's tree.
         sizes[id(node)] = total, depth
         if total > most:
-            raise YamlError(f"the values, aliases (*) written out, are more than {most}", line_of(node))
+            raise YamlError(f"with aliases (*) expanded, there are more than {most} values", line_of(node))
         if depth > MAX_DEPTH:
-            raise YamlError(f"the values, aliases (*) written out, are nested more than {MAX_DEPTH} deep", line_of(node))
+            raise YamlError(f"with aliases (*) expanded, the values are nested more than {MAX_DEPTH} deep", line_of(node))
         return total, depth
 
     size(root)

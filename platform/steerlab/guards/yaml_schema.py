@@ -32,7 +32,7 @@ def _flatten(loader: BaseConstructor, node: yaml.MappingNode) -> None:
 
     The mapping's own keys win over merged ones, and of several merged mappings the first.
     """
-    # Replaces PyYAML's method, which in 6.0.4 takes a merged key of one character for one of the mapping's own.
+    # This replaces PyYAML's method, which in 6.0.4 confuses a merged key of one character with one of the mapping's own.
     merged: list[tuple[yaml.Node, yaml.Node]] = []
     own: list[tuple[yaml.Node, yaml.Node]] = []
     for key_node, value_node in node.value:
@@ -71,7 +71,8 @@ class JobLoader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Compose a mapping. Raises YamlError for a duplicate key."""
-        # Here rather than in the constructor, which sees the keys of merged mappings as well: those may be repeated.
+        # The check is here instead of in the constructor, which also sees the keys of merged mappings, and those may be
+        # repeated.
         node = super().compose_mapping_node(anchor)
         lines: dict[object, int] = {}
         for key_node, _ in node.value:
@@ -81,13 +82,13 @@ class JobLoader(yaml.SafeLoader):
             key = self.construct_object(key_node)
             if key in lines:
                 where = f"lines {lines[key]} and {line}" if lines[key] != line else f"line {line}, twice"
-                raise YamlError(f"the key {key_node.value[:60]!r} stands in {where}; keep one of them", line)
+                raise YamlError(f"the key {key_node.value[:60]!r} is in {where}; remove one of them", line)
             lines[key] = line
         return node
 
 
 class RowLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The same schema for long files, on libyaml where PyYAML has it."""
+    """The same schema for long files, on libyaml if PyYAML has it."""
 
     flatten_mapping = _flatten
     yaml_implicit_resolvers: _Resolvers = JobLoader.yaml_implicit_resolvers
@@ -114,7 +115,7 @@ def _scalar(loader: BaseConstructor, node: yaml.Node) -> str:
 
 
 def _refused(node: yaml.Node, kind: str) -> YamlError:
-    return YamlError(f"{node.value[:60]!r} is no {kind}", line_of(node))
+    return YamlError(f"{node.value[:60]!r} is not a {kind}", line_of(node))
 
 
 def _int(loader: BaseConstructor, node: yaml.Node) -> int:
@@ -134,7 +135,7 @@ def _float(loader: BaseConstructor, node: yaml.Node) -> float:
         raise _refused(node, "number")
     number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     if not math.isfinite(number):
-        raise YamlError(f"{text[:60]}: settings are finite numbers; null stands for none", line_of(node))
+        raise YamlError(f"{text[:60]}: settings are finite numbers; null means no number", line_of(node))
     return number
 
 
@@ -146,7 +147,7 @@ def _bool(loader: BaseConstructor, node: yaml.Node) -> bool:
 
 def _null(loader: BaseConstructor, node: yaml.Node) -> None:
     if not _NULL.fullmatch(_scalar(loader, node)):
-        raise _refused(node, "null")
+        raise _refused(node, "null value")
 
 
 def _list(loader: BaseConstructor, node: yaml.Node) -> list[Json]:
@@ -162,7 +163,7 @@ def _mapping(loader: BaseConstructor, node: yaml.Node) -> dict[Hashable, Json]:
 
 
 def _unknown(loader: BaseConstructor, node: yaml.Node) -> NoReturn:
-    raise YamlError(f"the tag {_shown(node.tag)} is not known here; values are texts, numbers, lists and mappings",
+    raise YamlError(f"the tag {_shown(node.tag)} is not supported; values are texts, numbers, lists and mappings",
                     line_of(node))  # fmt: skip
 
 

@@ -16,12 +16,12 @@ FRAMING = (
 
 
 class PromptStyle:
-    """The wording of prompts, what stands before them, and the role of answers. `Encoder` derives from it."""
+    """The wording of prompts, the text before them, and the role of answers. `Encoder` derives from it."""
 
     prompt_style: Literal["aside", "plain"]
     response_role: Literal["data", "instruction", "response"]
     preamble: Preamble
-    """What stands before each prompt that the model answers or continues."""
+    """The text before each prompt that the model answers or continues."""
 
     @property
     def response_role_id(self) -> int:
@@ -43,7 +43,7 @@ class PromptStyle:
         `Input:` in the user turn, with `No input` for empty data; a model without a chat template gets the heading `Response:`
         before the answer. Unlike the authors' code, no period is appended to the response.
 
-        After worked examples (`preamble`) the instruction stands in the user turn before the data, as it does in the examples.
+        After worked examples (`preamble`) the instruction is put in the user turn before the data, as it does in the examples.
 
         Args:
             instruction: Text of role instruction.
@@ -87,7 +87,7 @@ class PromptStyle:
     def from_pair(self, row: Mapping[str, Any]) -> tuple[Conversation, Conversation]:
         """Return the two conversations of a preference row (data/pairs.py): the preferred one first.
 
-        A prompt that is a text is worded in the prompt style, as an instruction is; messages keep their own turns.
+        A prompt that is a text is worded in the prompt style, as an instruction is; turns of messages are not changed.
         """
         context = {"data": row.get("input") or "", "system": row.get("system") or ""}
         chosen, rejected = (self.dialogue(row["prompt"], row[name], **context) for name in ("chosen", "rejected"))
@@ -99,8 +99,8 @@ class PromptStyle:
         """Return the messages of a prompt and its response.
 
         Args:
-            prompt: A text, which is worded in the prompt style, or messages {role, content}, which keep their own turns: the
-                prompt style adds no framing to them, and the preamble stands before them.
+            prompt: A text, which is worded in the prompt style, or messages {role, content}, whose turns are not changed: the
+                prompt style adds no framing to them, and the preamble is put before them.
             response: The answer; None returns a prompt that the model continues.
             data: Data of a text prompt; ignored for messages.
             system: System text of a text prompt; ignored for messages.
@@ -119,7 +119,7 @@ class PromptStyle:
         return self.preamble.prefix + text
 
     def _introduced(self, first: Sequence[str]) -> Conversation:
-        """Return a system turn of the texts, unless there are none, and the worked examples of the preamble."""
+        """Return a system turn of the texts, if there are any, and the worked examples of the preamble."""
         turns = [_system(first)] if first else []
         for example in self.preamble.examples:
             worded = self._worded(example.instruction, (Part(example.input, DATA),))
@@ -138,7 +138,7 @@ class PromptStyle:
         return Message("assistant", (Part(text, self.response_role_id),))
 
     def _turn(self, message: Mapping[str, str]) -> Message:
-        # Outputs of tools are data: whoever controls a tool must not be able to give instructions.
+        # Outputs of tools are data, because whoever controls a tool must not be able to give instructions.
         role = {"assistant": self.response_role_id, "tool": DATA}.get(message["role"], INSTRUCTION)
         return Message(message["role"], (Part(message["content"], role),))  # type: ignore[arg-type]
 

@@ -45,12 +45,12 @@ class Drawing:
         return self
 
     def targets(self, loss_on: str) -> list[bool]:
-        """Return one target, the image, whatever `loss_on` is."""
+        """Return one target, the image, for any `loss_on`."""
         return [True]
 
     @property
     def sequences(self) -> tuple[Drawing, ...]:
-        """Inputs of the model in this row: the drawing alone."""
+        """Inputs of the model in this row: only the drawing."""
         return (self,)
 
 
@@ -68,13 +68,13 @@ class Drawings:
 
     def to(self, device: torch.device | str) -> Drawings:
         """Return the batch with its images on a device."""
-        # Seeds stay on the CPU, where the noise is drawn: CUDA's generator gives other numbers for the same seed.
+        # Seeds stay on the CPU, where the noise is drawn, because CUDA's generator gives other numbers for the same seed.
         images = None if self.images is None else self.images.to(device, non_blocking=True)
         return Drawings(self.prompts, self.seeds, images, self.numbers)
 
     @property
     def patched_inputs(self) -> dict[str, object]:
-        """Arguments for a call of a model that carries patches."""
+        """Arguments for a call of a model with patches."""
         return {"prompts": self.prompts, "seeds": self.seeds.tolist()}
 
     @property
@@ -93,8 +93,8 @@ class Prompter:
 
     def __init__(self, model: Diffusion) -> None:
         config = model.config
-        sides = getattr(config, "sample_size", None) or 64  # a denoiser's config may leave it out
-        # A video model's size is (frames, height, width): the last two are those of a frame.
+        sides = getattr(config, "sample_size", None) or 64  # a denoiser's config may lack it
+        # A video model's size is (frames, height, width), of which the last two are those of a frame.
         height, width = (sides, sides) if isinstance(sides, int) else sides[-2:]
         self._model = model
         self._channels, self._size, self._pixels = config.in_channels, (height, width), height * width
@@ -106,7 +106,7 @@ class Prompter:
 
     @property
     def spec(self) -> dict[str, Json]:
-        """Settings stored with a patch, by which it is loaded with the same sampling."""
+        """Settings stored with a patch, so that it is loaded with the same sampling."""
         return {"sampler": self._model.sampler.model_dump(mode="json")}
 
     @property
@@ -133,16 +133,15 @@ class Prompter:
         """
         if data_format == "text":
             seed = row.get("seed")
-            # By the prompt: it has the same noise in every data set, and other prompts have other noise.
+            # The seed is computed from the prompt, which then has the same noise in every data set, and other prompts have
+            # other noise.
             return Drawing(str(row["text"]), seed_of(str(row["text"])) if seed is None else int(seed), self._pixels)
         if data_format == "image":
             return Drawing(str(row["text"]), 0, self._pixels, self._image(row["image"]))
-        raise ValueError(
-            f"a diffusion model is asked with prompts (format text) or trained on images, not on format {data_format}"
-        )
+        raise ValueError(f"a diffusion model takes prompts (format text), or images to train on, not on format {data_format}")
 
     def encode_all(self, drawings: Sequence[Drawing]) -> Sequence[Drawing]:
-        """Return the drawings: there is nothing to tokenise."""
+        """Return the drawings unchanged, because they are not tokenised."""
         return drawings
 
     def encode_data(self, rows: Sequence[Row], data_format: str, max_tokens: int, *, skip_bad: bool = False) -> Rows:
@@ -150,7 +149,7 @@ class Prompter:
 
 
         Raises:
-            ValueError: an image does not have the size that the model draws; with `skip_bad` such rows are left out.
+            ValueError: an image does not have the size that the model draws; with `skip_bad` such rows are skipped.
         """
         drawings = []
         numbers = []
@@ -170,30 +169,30 @@ class Prompter:
         """Return a batch of drawings. `loss_on` and `side` are ignored; they are arguments of `Encoder.collate`."""
         images = [drawing.image for drawing in drawings if drawing.image is not None]
         return Drawings(
-            # The prompts stay texts: a pipeline tokenises them itself, with one tokenizer or several.
+            # The prompts stay texts, because a pipeline tokenises them itself, with one tokenizer or several.
             tuple(drawing.prompt for drawing in drawings),
             torch.tensor([drawing.seed for drawing in drawings]),
-            # A batch has images for all rows or for none: sampling reads none.
+            # A batch has images for all rows or for none, because sampling reads no images.
             torch.stack(images) if len(images) == len(drawings) else None,
             torch.tensor(list(numbers), dtype=torch.long),
         )
 
     def _image(self, values: object) -> Tensor:
         image_HWC = np.asarray(values, dtype=np.float32)
-        # Grey images have no channel axis; colour ones have it last, and torch wants it first.
+        # Grey images have no channel axis; colour images have it last, and torch needs it first.
         image_CHW = torch.from_numpy(image_HWC[None] if image_HWC.ndim == 2 else np.moveaxis(image_HWC, -1, 0).copy())
         if image_CHW.shape != (self._channels, *self._size):
             raise ValueError(
                 f"an image of {tuple(image_CHW.shape)} (channels, height, width); the model draws "
                 f"{(self._channels, *self._size)}"
             )
-        # From [0, 255] to [-1, 1], the range of diffusers' models.
+        # The values are mapped from [0, 255] to [-1, 1], the range of diffusers' models.
         return image_CHW / 127.5 - 1
 
 
 def seed_of(prompt: str) -> int:
     """Return the default seed of a prompt's noise, computed from its text."""
-    # Not `hash`, which differs between processes (PYTHONHASHSEED).
+    # `hash` is not used, because it differs between processes (PYTHONHASHSEED).
     return int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % _SEEDS
 
 

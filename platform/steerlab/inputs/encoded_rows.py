@@ -1,4 +1,4 @@
-"""Tokenise the rows of a data set for training: cut those that are too long, leave out those that cannot be used."""
+"""Tokenise the rows of a data set for training: cut those that are too long, skip those that cannot be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """Tokenised rows of a data set, and the numbers of rows that were cut or left out."""
+    """Tokenised rows of a data set, and the numbers of rows that were cut or skipped."""
 
     rows: list[Row]
     numbers: list[int]
@@ -22,14 +22,14 @@ class Rows(NamedTuple):
     num_cut: int
     """Number of rows whose response (of a pair, at least one of them) was cut at `max_tokens`."""
     num_dropped: int
-    """Number of rows left out because their prompt alone does not fit or they are empty, and of pairs whose responses are equal
+    """Number of rows skipped because their prompt alone does not fit or they are empty, and of pairs whose responses are equal
     up to the cut."""
     num_refused: int = 0
-    """Number of rows left out by `skip_bad`: the chat template refuses them or changes their text."""
+    """Number of rows skipped by `skip_bad`: the chat template refuses them or changes their text."""
 
     @classmethod
     def joined(cls, parts: Sequence[Rows], num_read: Sequence[int]) -> Rows:
-        """Return the rows of data sets that are read one after another; `num_read` says how many rows each of them has."""
+        """Return the rows of data sets that are read one after another; `num_read` is the number of rows of each."""
         starts = [sum(num_read[:i]) for i in range(len(parts))]
         return cls(
             [row for part in parts for row in part.rows],
@@ -62,7 +62,7 @@ class RowEncoder(Protocol):
         ...
 
     def encode_data(self, rows: Sequence[DataRow], data_format: str, max_tokens: int, *, skip_bad: bool = False) -> Rows:
-        """Encode the rows of a data set. Raises ValueError at a bad row, unless `skip_bad` leaves it out."""
+        """Encode the rows of a data set. Raises ValueError at a bad row, unless `skip_bad` skips it."""
         ...
 
     def collate(self, rows: Any, /, *, loss_on: str = "all", numbers: Sequence[int] = ()) -> Any:
@@ -83,12 +83,12 @@ def encode_data(
         encoder: Tokenizer and prompt style.
         rows: Rows in the format `data_format`, as `data.rows.read` returns them.
         data_format: `DataSet.format`; preference rows become pairs.
-        max_tokens: Longest row. Only responses are cut; a row whose prompt is as long or longer is left out, so that no row
+        max_tokens: Longest row. Only responses are cut; a row whose prompt is as long or longer is skipped, so that no row
             loses its boundary between prompt and response.
-        skip_bad: Leave out rows that the chat template refuses.
+        skip_bad: Skip rows that the chat template refuses.
 
     Returns:
-        The rows that are left, possibly none.
+        The remaining rows, possibly none.
 
     Raises:
         ValueError: the chat template refuses a row or changes its text, and `skip_bad` is false.
@@ -99,7 +99,7 @@ def encode_data(
         try:
             conversations = encoder.from_pair(row) if pairs else (encoder.from_row(row, data_format),)
             if skip_bad:
-                # Checked one by one here; `encode_all` works on chunks and stops at the first bad row.
+                # Conversations are checked one by one here; `encode_all` works on chunks and stops at the first bad row.
                 for conversation in conversations:
                     encoder.check(conversation)
         except ValueError as error:
@@ -112,21 +112,21 @@ def encode_data(
 
 
 def asked_otherwise(encoder: Encoder, rows: Sequence[DataRow], data_format: str) -> int:
-    """Count the rows that do not begin with the token ids of their prompt as evaluations ask it.
+    """Count the rows that do not begin with the token ids of their prompt as evaluations encode it.
 
     Training on such a row teaches an answer after other tokens than those that the model sees when it is evaluated.
     """
     pairs = data_format == "preference"
     of_rows = [encoder.from_pair(row) if pairs else (encoder.from_row(row, data_format),) for row in rows]
     flat = [conversation for conversations in of_rows for conversation in conversations]
-    # A prompt is the conversation without its last message, exactly as evaluations ask it.
+    # A prompt is the conversation without its last message, exactly as evaluations encode it.
     wholes, prompts = (encoder.encode_all(some) for some in (flat, [conversation[:-1] for conversation in flat]))
     differ = [whole.input_ids[: len(prompt)] != prompt.input_ids for whole, prompt in zip(wholes, prompts, strict=True)]
     return sum(any(differ[i : i + len(of_rows[0])]) for i in range(0, len(differ), len(of_rows[0]))) if of_rows else 0
 
 
 _Conversations = Sequence[tuple[Conversation, ...] | None]
-"""The conversations of each row: one, or the two of a pair; None for a row that is left out."""
+"""The conversations of each row: one, or the two of a pair; None for a row that is skipped."""
 
 
 def _encode_each(encoder: Encoder, of_rows: _Conversations, max_tokens: int) -> Rows:
@@ -145,7 +145,7 @@ def _encode_each(encoder: Encoder, of_rows: _Conversations, max_tokens: int) -> 
 
 
 def _encode_pairs(encoder: Encoder, of_rows: _Conversations, max_tokens: int) -> Rows:
-    # Both responses of all pairs in one call: the tokenizer works in parallel on long lists.
+    # Both responses of all pairs go through one call, because the tokenizer works in parallel on long lists.
     both = [conversation for conversations in of_rows if conversations is not None for conversation in conversations]
     encoded = encoder.encode_all(both, per_row=2)
 
@@ -164,7 +164,7 @@ def _encode_pairs(encoder: Encoder, of_rows: _Conversations, max_tokens: int) ->
 
 
 def _gathered(fitted: Iterable[tuple[Row | None, bool]], num_refused: int) -> Rows:
-    """Collect (row, whether it was cut); the row is None if it is left out, of which `skip_bad` caused `num_refused`."""
+    """Collect (row, whether it was cut); the row is None if it is skipped; `skip_bad` caused `num_refused` of these."""
     rows: list[Row] = []
     numbers: list[int] = []
     num_cut = num_dropped = 0

@@ -1,8 +1,8 @@
 """Turn conversations into token ids with roles, in one tokenisation.
 
 Roles come from the structure of a conversation, never from a search in its text, so a text that imitates a heading or a marker
-changes no role. The rendering of the chat template is cut into its own literal text and the messages (templates.py); the
-character offsets of one joint tokenisation then tell from which part each token comes. Template text has the role of the
+does not change a role. The rendering of the chat template is cut into its own literal text and the messages (templates.py); the
+character offsets of one joint tokenisation then show which part each token comes from. Template text has the role of the
 message before it (ASIDE's convention: the assistant's header is data).
 
 A plain text is tokenised as `tokenizer(text)` does: it gets a beginning-of-sequence token only if the tokenizer adds one.
@@ -106,7 +106,7 @@ class Encoder(PromptStyle):
         """Return warnings about the chat template for its users, one sentence each."""
         if self._markers.end is not None:
             return self.template.remarks()
-        unended = "the chat template ends an answer without a special token, so that no answer learns to end"
+        unended = "the chat template ends an answer without a special token, so that the model does not learn to end an answer"
         return [*self.template.remarks(), unended]
 
     def preceded_by(self, preamble: Preamble) -> Encoder:
@@ -115,7 +115,7 @@ class Encoder(PromptStyle):
 
     @property
     def saved_spec(self) -> dict[str, Json]:
-        """Settings by which a model is prompted as it was trained, if its tokenizer is saved with it."""
+        """Settings that prompt a model as it was trained, if its tokenizer is saved with it."""
         thinking = {"thinking": True} if self.thinking else {}
         date = {"date": self.date} if prints_date(self.tokenizer) else {}
         preamble = {"preamble": self.preamble.model_dump(mode="json")} if self.preamble else {}
@@ -129,7 +129,7 @@ class Encoder(PromptStyle):
     @property
     def about(self) -> dict[str, Json]:
         """Description of the tokenisation that is stored with activations."""
-        # Sorted, because the order of `get_vocab` differs between two loads of one tokenizer.
+        # The entries are sorted, because the order of `get_vocab` differs between two loads of one tokenizer.
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
         return {
             "tokenizer": type(self.tokenizer).__name__,
@@ -140,7 +140,7 @@ class Encoder(PromptStyle):
     @property
     def identity(self) -> str:
         """SHA-256 of the tokenizer and its chat template."""
-        # The whole definition: two tokenizers may share a vocabulary and normalise differently.
+        # The whole definition is hashed, because two tokenizers may share a vocabulary and normalise differently.
         content = f"{self._texts.backend.to_str()}\0{self.tokenizer.chat_template}"
         return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()
 
@@ -179,8 +179,8 @@ class Encoder(PromptStyle):
 
         Args:
             conversations: Messages, of which a prompt gets the assistant's header.
-            continued: Leave out what the tokenizer puts after a plain text (an end-of-sequence token).
-            per_row: Conversations per row of the data set, by which messages count rows.
+            continued: Omit the tokens that the tokenizer puts after a plain text (an end-of-sequence token).
+            per_row: Conversations per row of the data set, so that messages count rows.
 
         Raises:
             ValueError: a text is invalid, or the chat template refuses a conversation; the message names its row, from 1.
@@ -191,7 +191,7 @@ class Encoder(PromptStyle):
             texts = ["".join(stretch.text for stretch in row) for row in rows]
             for i, text in enumerate(texts):
                 self._texts.check_length(text, (start + i) // per_row)
-            # One call for a chunk: tokenizers (in Rust) spreads the texts of a call over the cores.
+            # One call takes a chunk, because tokenizers (in Rust) spreads the texts of a call over the cores.
             tokens = self._texts.tokens(texts, [self._as_text(conversation) for conversation in chunk])
             for conversation, text, row, row_tokens in zip(chunk, texts, rows, tokens, strict=True):
                 keeps_end = not continued and conversation[0].speaker == "text"
@@ -209,7 +209,7 @@ class Encoder(PromptStyle):
     ) -> tuple[str, list[Stretch], Tokens]:
         """Break up special tokens that a text contains only after normalisation, such as full-width or upper-case ones."""
         normalizer, special_ids = self._texts.backend.normalizer, self._added.special_ids
-        # Most rows: texts without special tokens pay for one look at their ids.
+        # Most rows have no special tokens, and only pay for one look-up of their ids.
         if normalizer is None or special_ids.isdisjoint(tokens.ids):
             return text, stretches, tokens
 
@@ -219,7 +219,7 @@ class Encoder(PromptStyle):
                 return number in special_ids and self._added.names[number] in normalizer.normalize_str(text[start:end])
 
         for _ in range(_NORMALISED_TRIES):
-            # Made anew in each turn: the break of the last one has moved all later characters.
+            # The positions are computed anew in each round, because the previous break has moved all later characters.
             owner = [number for number, stretch in enumerate(stretches) for _ in stretch.text]
             starts = [sum(len(stretch.text) for stretch in stretches[:number]) for number in range(len(stretches))]
             breaks = [
@@ -235,11 +235,12 @@ class Encoder(PromptStyle):
                 stretches[number] = stretch._replace(text=f"{stretch.text[:at]} {stretch.text[at:]}")
             text = "".join(stretch.text for stretch in stretches)
             tokens = self._texts.tokens([text], [self._as_text(conversation)])[0]
-        raise ValueError("a text holds a special token that its normalisation makes again however it is broken up")
+        raise ValueError("a text holds a special token that its normalisation restores in every form that was tried")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids, without special tokens and the token that ended it."""
-        # By its id: the end of a turn is no special token in some tokenizers, where `skip_special_tokens` would print.
+        # The token that ends a text is removed by its id: in some tokenizers the end of a turn is not a special token, so that
+        # `skip_special_tokens` would print it.
         text_ids = list(ids[:-1] if len(ids) and ids[-1] in self.end_ids else ids)
         with self._texts.explained():
             return str(self.tokenizer.decode(text_ids, skip_special_tokens=True))
@@ -257,7 +258,7 @@ class Encoder(PromptStyle):
 
     def _numbered(self, conversation: Conversation, number: int) -> list[Stretch]:
         try:
-            # Before the template sees the texts: what it prints itself must keep its special tokens.
+            # Texts are neutralised before the template sees them, because the template's own special tokens must remain.
             neutral = tuple(map(self._neutralise, conversation))
             return of_text(neutral) if neutral[0].speaker == "text" else self._layout.stretches(neutral)
         except ValueError as error:
@@ -273,7 +274,7 @@ class Encoder(PromptStyle):
 
     def _forbidden(self, speaker: str) -> re.Pattern[str]:
         """Return the pattern of the tokens that a speaker's text must not contain."""
-        # An answer may not end its own turn, but a plain text is no turn: only control tokens count there.
+        # An answer may not end its own turn, but a plain text is not a turn, so only control tokens count there.
         if speaker == "text":
             return self._added.special
         return self._markers.in_answer if speaker == "assistant" else self._markers.in_prompt

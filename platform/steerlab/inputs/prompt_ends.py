@@ -11,9 +11,9 @@ from steerlab.inputs.rendering import TemplateError, Turn, short
 from steerlab.inputs.template_shapes import Form, Shape, Shapes
 
 _ANSWERS = ("Yes.", "the answer", "42", "«é»", "<think>")
-"""Answers with which candidates for the end of a prompt are tried: letters, digits, non-ASCII, a tag."""
+"""Answers with which candidates for the end of a prompt are tested: letters, digits, non-ASCII, a tag."""
 _THOUGHT = "<think>\nOkay\n</think>\n\nYes."
-"""Answer with which prompts that open a thought are tried."""
+"""Answer with which prompts that open a thought are tested."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class PromptEnds:
     def of(self, form: Form, shape: Shape) -> str:
         """Return the text between the last message of a prompt and its end.
 
-        The template's own generation prompt is preferred, if the complete row continues it with nothing but white space (a
+        The template's own generation prompt is preferred, if the complete row continues it only with white space (a
         space, which tokenizers such as Llama's join with the next word). Otherwise it is the text before the answer of the
         complete row, such as the empty thought that Qwen 3 prints before a stored answer.
 
@@ -44,17 +44,18 @@ class PromptEnds:
         return self._chosen[form]
 
     def _before_answer(self, own: str | None, shape: Shape) -> str:
-        """Return the longest end that begins rows with any answer; `own` is the template's generation prompt, None without."""
+        """Return the longest end that begins rows with any answer; `own` is the template's generation prompt, None if there is
+        none."""
         literal = shape.opening
-        # GPT-2 makes one token of "\n\n" at the end of a text, and two of it before a word, so shorter ends are tried too.
-        # From the longest: an end that keeps all of the template's white space is the most natural one.
+        # GPT-2 makes one token of "\n\n" at the end of a text, and two of it before a word, so shorter ends are also tried. The
+        # longest comes first: an end with all of the template's white space is the most natural one.
         candidates = _shortened(literal)
         if own is not None and literal.startswith(own) and not literal.removeprefix(own).strip():
             candidates = [own, *candidates]
         opening = next((text for text in candidates if self._begins_rows(text, shape, literal)), None)
         if opening is None:
             raise TemplateError(
-                "no prompt of the chat template is the beginning of a row: the tokens before an answer depend on the answer"
+                "no prompt of the chat template begins a row, because the tokens before an answer depend on the answer"
             )
         return opening
 
@@ -79,16 +80,16 @@ class PromptEnds:
             prompt = renderer.ids(shape.before_answer + opening)
             if row.startswith(shape.before_answer + opening) and ids[: len(prompt)] == prompt:
                 return opening
-        # The template drops the thought of a stored answer: any end that fits is taken, and each such row is refused later.
+        # The template drops the thought of a stored answer, so any end that fits is taken, and each such row is refused later.
         fitting = next((text for text in _shortened(own) if self._begins_rows(text, shape, own)), None)
         if fitting is None:
-            raise TemplateError(f"data.thinking: the tokens of a prompt that ends in {short(own)} depend on what follows it")
+            raise TemplateError(f"data.thinking: the tokens of a prompt that ends in {short(own)} depend on the text after it")
         return fitting
 
     def _begins_rows(self, opening: str, shape: Shape, literal: str) -> bool:
         """Return whether a prompt that ends with `opening` has the first ids of rows with answers after `literal`."""
         ids = self.shapes.renderer.ids
-        # Compared as ids, not as text: a tokenizer may join the end of the prompt with the answer.
+        # The comparison is of ids instead of text, because a tokenizer may join the end of the prompt with the answer.
         prompt = ids(shape.before_answer + opening)
         rows = (ids(shape.before_answer + literal + answer + shape.literals[-1]) for answer in _ANSWERS)
         return all(row[: len(prompt)] == prompt for row in rows)

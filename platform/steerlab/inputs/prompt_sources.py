@@ -1,4 +1,4 @@
-"""Load and fingerprint tokenizers and chat templates that a job names by their own sources instead of taking the model's."""
+"""Load and fingerprint tokenizers and chat templates that a job names by their own sources instead of using the model's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fingerprint(name: str, source: str) -> str:
     """
     if name == "tokenizer":
         return sources.fingerprint(source)
-    # By its text, so that the same template in another file gives the same key.
+    # The text is hashed, so that the same template in another file gives the same key.
     return f"sha256:{hashlib.sha256(template_of(source).encode()).hexdigest()}"
 
 

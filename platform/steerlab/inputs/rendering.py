@@ -1,4 +1,5 @@
-"""Render chat templates, which are programs by the author of the model, within limits and with the same result on every day.
+"""Render chat templates, which are programs by the author of the model, within limits and with a result that does not depend on
+the date.
 
 A template that takes too much time, memory or length is refused, and so is one with arithmetic that cannot be interrupted.
 """
@@ -28,7 +29,7 @@ _LIMIT_BYTES = 2**30
 _LIMIT_CHARS = 1_000_000
 """Characters that a template may print besides the messages."""
 _PERCENT = chr(0xE000)
-"""Stands for %% in a date's format while the directives are replaced; no template writes this private character."""
+"""Replaces %% in a date's format while the directives are replaced; no template writes this private character."""
 
 BLANK_LINES = (
     "{%- set asked = messages|selectattr('role', 'in', ['user', 'tool'])|list|length -%}{%- set several = asked > 1 -%}"
@@ -49,7 +50,7 @@ class TemplateError(ValueError):
 
 
 class EndlessError(TemplateError):
-    """A template takes too much time, memory or length; it is not called again in other forms."""
+    """A template takes too much time, memory or length; it is not tried again in other forms."""
 
 
 _SMALL = re.compile(r"[0-9]{1,6}(\.[0-9]*)?")
@@ -84,11 +85,13 @@ def apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, ob
         with limited("the chat template", seconds=_LIMIT_S, num_bytes=_LIMIT_BYTES):
             rendered = tokenizer.apply_chat_template(list(messages), **settings)  # type: ignore[arg-type]
     except TooLong as error:
-        # A loop of minutes per row is refused too: a data set has thousands of rows.
+        # A loop of minutes per row is refused too, because a data set has thousands of rows.
         raise EndlessError(f"{error}, for one row") from None
     length, length_in = len(rendered), len(str(messages))
     if isinstance(rendered, str) and length > length_in + _LIMIT_CHARS:
-        raise EndlessError(f"the chat template prints {length:,} characters for messages of {length_in:,}, as if it had no end")
+        raise EndlessError(
+            f"the chat template prints {length:,} characters for messages of {length_in:,}, which is over the limit"
+        )
     return rendered
 
 
@@ -122,7 +125,7 @@ class Renderer:
             self._source = f"{_fixed_date(self.date)}{source}" if prints_date(self.tokenizer) else source
         if (computed := _product_in(self._source)) is not None:
             self.endless = EndlessError(
-                f"the chat template computes {computed}, which may take for ever and no chat needs: give another template "
+                f"the chat template computes {computed}, which may take forever and no chat needs: give another template "
                 "(model.chat_template)"
             )
 
@@ -174,7 +177,7 @@ def default_of(template: object) -> str:
     """Return the text of a chat template; of several named ones, that of the name `default`, or the only one.
 
     Raises:
-        TemplateError: there is no template, or there are several and none is named `default`.
+        TemplateError: the value has no template, or several of which none is named `default`.
     """
     if isinstance(template, Sequence) and not isinstance(template, str):  # the form in tokenizer_config.json
         template = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, Mapping)}
@@ -185,7 +188,7 @@ def default_of(template: object) -> str:
             )
         template = template.get("default", next(iter(template.values()), None))
     if not isinstance(template, str) or not template.strip():
-        raise TemplateError("it holds no chat template")
+        raise TemplateError("it does not hold a chat template")
     return template
 
 
@@ -199,8 +202,8 @@ def _fixed_date(date: str) -> str:
     # Jinja's sandbox has no strftime, so the directives of the format are replaced by their values one after another.
     day = datetime.fromisoformat(date)
     directives = [f"%{flag}{letter}" for flag in ("-", "") for letter in string.ascii_letters if letter != "s"]
-    # In UTC, since `strftime("%s")` uses the time zone of the machine.
-    seconds = {"%s": str(int(day.replace(tzinfo=UTC).timestamp()))}  # strftime would take the zone of this machine
+    # The seconds are in UTC, since `strftime("%s")` uses the time zone of the machine.
+    seconds = {"%s": str(int(day.replace(tzinfo=UTC).timestamp()))}  # strftime would use the time zone of this machine
     texts = seconds | {directive: day.strftime(directive) for directive in directives if day.strftime(directive) != directive}
     replaced = "".join(f"|replace({json.dumps(directive)}, {json.dumps(text)})" for directive, text in texts.items())
     whole = f"format|replace('%%', '{_PERCENT}'){replaced}|replace('{_PERCENT}', '%')"

@@ -18,7 +18,7 @@ class AddedTokens:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         added = tokenizer.added_tokens_decoder
         self.names = {number: str(token) for number, token in added.items()}
-        # Both: some tokenizers declare special tokens by name only (`eos_token`), without the flag.
+        # Both sources count, because some tokenizers declare special tokens by name only (`eos_token`), without the flag.
         special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         # A token of one character cannot be broken up, and occurs in ordinary texts.
         special = {name for name in special if len(name) > 1}
@@ -33,10 +33,10 @@ class TurnMarkers(NamedTuple):
     """The added tokens with which a chat template marks the turns of a conversation."""
 
     end: str | None
-    """Token that ends the assistant's turn: the one directly after an answer. None if the template prints none there."""
+    """Token that ends the assistant's turn: the one directly after an answer. None if the template prints no token there."""
     first: str | None
     """First added token before the first message, except BOS. It opens turns, also after an answer without an end. None if the
-    template prints none."""
+    template prints no such token."""
     in_prompt: re.Pattern[str]
     """Matches tokens that no text of a prompt may contain: special tokens, and added ones that the template itself prints."""
     in_answer: re.Pattern[str]
@@ -53,7 +53,7 @@ class TurnMarkers(NamedTuple):
         opening = [match[1] for match in added.leading.finditer(literals[0])] if literals else []
         printed = "".join(literals)
         special = {added.names[number] for number in added.special_ids}
-        # Added tokens without the flag count where the template prints them: they mark turns all the same.
+        # Added tokens without the flag count if the template prints them, because they mark turns all the same.
         own = {name for name in added.names.values() if len(name) > 1 and name in printed}
         return cls(
             end=end,
@@ -65,7 +65,7 @@ class TurnMarkers(NamedTuple):
 
 def broken_up(message: Message, forbidden: re.Pattern[str]) -> tuple[Message, int]:
     """Return a message with a space after the first character of each forbidden token, and the number of these spaces."""
-    # Searched in the joined text, because a token may begin in one part of the message and end in the next.
+    # The joined text is searched, because a token may begin in one part of the message and end in the next.
     text = "".join(part.text for part in message.parts)
     breaks = {match.start() + 1 for match in forbidden.finditer(text)}
     if not breaks:
@@ -80,5 +80,5 @@ def broken_up(message: Message, forbidden: re.Pattern[str]) -> tuple[Message, in
 
 def _any_of(names: Iterable[str]) -> str:
     """Return a regular expression that matches any of the texts; without texts, one that matches nothing."""
-    # Longest first: Python's `|` takes the first alternative that matches, not the longest.
+    # The longest name comes first, because Python's `|` takes the first alternative that matches, not the longest.
     return "|".join(map(re.escape, sorted(filter(None, names), key=len, reverse=True))) or "(?!)"

@@ -41,7 +41,7 @@ class Layout:
         """
         conversation, following = _folded(conversation, self._template.takes_system)
         turns = [Turn(message.speaker, "".join(part.text for part in message.parts)) for message in conversation]
-        # Parts are joined for the template, which knows no roles, and told apart in what it has printed.
+        # Parts are joined for the template, which does not handle roles, and separated again in its output.
         pieces = self._template.pieces(turns)
         firsts = [sum(len(message.parts) for message in conversation[:i]) for i in range(len(conversation))]
         # Template text before the first message has that message's role. Templates may print messages in another order.
@@ -62,13 +62,13 @@ class Layout:
     def _literal(self, text: str, role: int, after_answer: bool, final: bool) -> list[Stretch]:
         """Split template text after an answer into the end of the answer's turn, which is trained, and the rest.
 
-        An earlier answer may end with another token than the last one (gpt-oss), or with none before the next turn.
+        An earlier answer may end with another token than the last one (gpt-oss), or without a token before the next turn.
         """
         ended = self._added.leading.match(text) if after_answer else None
         if ended is None or (ended[1] != self._markers.end and (self._markers.end is None or ended[1] == self._markers.first)):
             return [Stretch(text, role, TEMPLATE_PART)]
         closing = Stretch(ended[0], role, TEMPLATE_PART, answers=True, final=final)
-        # The end of the turn is part of the answer: a model that never learns it would never stop.
+        # The end of the turn is part of the answer, because a model that never learns it would never stop.
         return [closing, Stretch(text[ended.end() :], role, TEMPLATE_PART)]
 
 
@@ -84,11 +84,11 @@ def _folded(conversation: Conversation, takes_system: bool) -> tuple[Conversatio
     Returns:
         The messages, and for each the role of the template text after it: that of the first part of the original message.
     """
-    # The first part, because a message may have data with a part of another role at its end, or a system text put before it:
-    # the assistant's header must keep the role that it has without them.
+    # The first part decides, because a message may have data with a part of another role at its end, or a system text put
+    # before it, and the assistant's header must have the role that it has without them.
     messages: list[Message] = []
     roles: list[int] = []
-    # System parts seen so far that have not yet found a user's turn.
+    # These are the system parts seen so far that have not yet been put into a user's turn.
     waiting: tuple[Part, ...] = ()
     for message in conversation:
         if not takes_system and message.speaker == "system":
@@ -112,7 +112,7 @@ def melts(stretches: Sequence[Stretch], owners: Sequence[Stretch], offsets: Sequ
     first = next((t for t, stretch in enumerate(owners) if stretch.answers and stretch.final), None)
     if first is None:
         return False
-    # Compared in characters, since the first token of the answer may also hold the end of the prompt.
+    # The comparison is in characters, since the first token of the answer may also hold the end of the prompt.
     place = 0
     for stretch in stretches:
         if stretch.answers and stretch.final:
@@ -143,10 +143,12 @@ def _as_printed(parts: tuple[Part, ...], text: str, printed: str) -> tuple[Part,
     # With a single role it does not matter how the template changed the text.
     if len(parts) == 1:
         return (Part(printed, parts[0].role),)
-    # White space was stripped: the parts are cut by the same number of characters.
+    # If white space was stripped, the parts are cut by the same number of characters.
     at = text.find(printed)
     if at < 0:
-        raise ValueError(f"the chat template changes a text of several roles ({text[:40]!r}), which can then not be told apart")
+        raise ValueError(
+            f"the chat template changes a text of several roles ({text[:40]!r}), so that its roles cannot be separated"
+        )
     printed_parts, start = [], 0
     for part in parts:
         begin, end = max(start, at), min(start + len(part.text), at + len(printed))

@@ -103,7 +103,7 @@ class Shapes:
     def _cut(self, form: Form, prompt: bool) -> Shape:
         """Render a private character for each message, or its text if that is fixed, and split the rendering at them."""
         speakers, fixed = form
-        # A private character and not a word: no template prints it by itself, strips it or changes its case.
+        # A private character is used instead of a word, because no template prints it by itself, strips it or changes its case.
         marks = [sentinel(i) for i, text in enumerate(fixed) if text is None]
         texts = [sentinel(i) if text is None else text for i, text in enumerate(fixed)]
         rendered = self.renderer.render([Turn(*turn) for turn in zip(speakers, texts, strict=True)], prompt)
@@ -112,20 +112,20 @@ class Shapes:
         dropped = [speaker for i, speaker in enumerate(speakers) if fixed[i] is None and i not in order]
         if dropped:
             raise TemplateError(
-                f"the chat template drops the {dropped[0]}'s message of {', '.join(speakers)}; leave such messages out of the "
+                f"the chat template drops the {dropped[0]}'s message of {', '.join(speakers)}; remove such messages from the "
                 "rows, or give another template (model.chat_template)"
             )
         answers = [i for i in order if speakers[i] == "assistant"]
         if len(answers) != len(set(answers)):
             raise TemplateError(
                 f"the chat template prints the assistant's message of {', '.join(speakers)} twice, so that its tokens "
-                "cannot be told apart; give another template (model.chat_template)"
+                "cannot be assigned; give another template (model.chat_template)"
             )
         return Shape(re.split("|".join(marks) or "(?!)", rendered), order)
 
 
 def sentinel(number: int) -> str:
-    """Return the private character that stands for a message in probes."""
+    """Return the private character that represents a message in probes."""
     return chr(_FIRST_SENTINEL + number)
 
 
@@ -155,13 +155,14 @@ def _printed(rendered: str, place: int, shape: Shape, number: int, turn: Turn) -
     """Return the text that the rendering has at `place` for a message, which the template may have stripped or filtered."""
     following = shape.literals[number + 1]
     last = number + 1 == len(shape.order)
-    # The unchanged text comes first, so that white space counts as the template's only if it was stripped.
+    # The unchanged text is tried first, so that white space counts as the template's only if it was stripped.
     for text in _trimmed(turn.text):
         end = place + len(text)
         ends = not last or end + len(following) == len(rendered)
         if ends and rendered.startswith(text, place) and rendered.startswith(following, end):
             return text
-    # A filter (`tojson`, `upper`) has changed it: it ends where the next literal piece begins, if that occurs nowhere else.
+    # A filter (`tojson`, `upper`) has changed the text, which ends where the next literal piece begins, if that occurs nowhere
+    # else.
     if following and not last and rendered.count(following, place) == shape.literals[number + 1 :].count(following):
         return rendered[place : rendered.index(following, place)]
     raise UnlikeError
@@ -169,7 +170,7 @@ def _printed(rendered: str, place: int, shape: Shape, number: int, turn: Turn) -
 
 def _trimmed(text: str) -> tuple[str, ...]:
     """Return a text as it is and with the white space removed that templates strip (`trim`, `strip`, `lstrip('\\n')`)."""
-    # Every one is tried, since a template is a program: which of them it applies cannot be read from its text.
+    # All of them are tried: a template is a program, and which of them it applies cannot be seen in its source.
     return (text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
 
 
@@ -183,7 +184,8 @@ def parted(pieces: Sequence[Piece], turns: Sequence[Turn], lead: str) -> Iterato
     for number, piece in enumerate(pieces):
         following = pieces[number + 1].message if number + 1 < len(pieces) else None
         answers = lead and following is not None and turns[following].speaker == "assistant" and piece.text.endswith(lead)
-        # Only text that ends with the lead: a template may lead the last answer in another way than earlier ones.
+        # The text is split only if it ends with the lead, because a template may lead the last answer in another way than
+        # earlier ones.
         if answers:
             yield Piece(piece.text[: -len(lead)], None)
             yield Piece(lead, following, leads=True)

@@ -24,7 +24,7 @@ _NO_SYSTEM = (("user",), ("user", "assistant"))
 
 @dataclass
 class ChatTemplate:
-    """The chat template of a tokenizer, by which conversations are rendered and split."""
+    """The chat template of a tokenizer, which renders conversations and splits them."""
 
     tokenizer: PreTrainedTokenizerBase
     date: str = DATE
@@ -39,14 +39,15 @@ class ChatTemplate:
         self._renderer = Renderer(self.tokenizer, self.date, heading, self.thinking)
         self._shapes = Shapes(self._renderer)
         self._ends = PromptEnds(self._shapes)
-        # Find out by trying: with a system turn or without, contents as texts or as lists of parts (multimodal models).
+        # The form is found by trying: with a system turn or without, contents as texts or as lists of parts (multimodal
+        # models).
         for takes_system, wraps in ((True, False), (True, True), (False, False), (False, True)):
             self.takes_system, self._renderer.wraps = takes_system, wraps
             if all(self._shapes.exists(Form.of_any_texts(speakers)) for speakers in self._exchange):
                 return
             if self._renderer.endless is not None:
                 break
-        # The template prints none of these; its first use raises the reason.
+        # The template prints none of these forms; its first use raises the reason.
         self.takes_system, self._renderer.wraps = True, False
 
     @property
@@ -67,8 +68,8 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refuses the conversation or changes one of its texts.
         """
-        # A template may print no turn for an empty message, so its text is part of the form. Not so for an empty answer:
-        # the row must contain its turn, whose end is trained.
+        # A template may print no turn for an empty message, so its text is part of the form. An empty answer is excepted,
+        # because the row must contain its turn, whose end is trained.
         fixed = tuple("" if not turn.text and turn.speaker != "assistant" else None for turn in turns)
         try:
             return self._pieces(turns, fixed)
@@ -85,7 +86,7 @@ class ChatTemplate:
             turns, fixed = [*turns, Turn("assistant", sentinel(len(turns)))], (*fixed, None)
         form = Form(tuple(turn.speaker for turn in turns), fixed)
         shape = self._shapes.of(form)
-        # Text after the answer could not be told from the answer that a model continues.
+        # Text after the answer could not be separated from the answer that a model continues.
         if shape.order[-1] != len(turns) - 1:
             raise TemplateError(f"the chat template prints other messages after the answer to {speakers_of(turns)}")
         opening = self._ends.of(form, shape)
@@ -108,7 +109,7 @@ class ChatTemplate:
         except UnlikeError:
             if not self.thinking and self._holds_thought(turns, shape):
                 raise TemplateError(_thought_message(turns[-1])) from None
-            # Tried one by one: the message without which the rendering can be followed is the one that was changed.
+            # Messages are tried one by one: the one without which the rendering can be followed is the one that was changed.
             for number in sorted(set(shape.order)):
                 others = [Turn(turn.speaker, sentinel(number)) if i == number else turn for i, turn in enumerate(turns)]
                 try:
@@ -130,7 +131,7 @@ class ChatTemplate:
         if not rendered.startswith(start) or not rendered.endswith(end.text) or stop < len(start):
             raise TemplateError(
                 f"data.thinking: the chat template prints the answer {short(text)} without a thought, and a prompt opens one "
-                f"({short(opening)}): give the answer a thought, or where the template drops it, give another template "
+                f"({short(opening)}): give the answer a thought or, if the template drops it, give another template "
                 "(model.chat_template)"
             )
         answer, empty = rendered[len(start) : stop], after(opening, literal.text)
@@ -176,7 +177,7 @@ class ChatTemplate:
             thinks = " (data.thinking: true opens them as the template does)" if related else ""
             notes.append(
                 f"the chat template opens a stored answer with {short(used)} and a prompt with {short(own_end)}: prompts are "
-                f"opened as stored answers are, so that what is trained is what is asked{thinks}"
+                f"opened as stored answers are, so that training and evaluation agree{thinks}"
             )
         return notes
 
@@ -191,7 +192,7 @@ def _prints(answer: str, text: str, opening: str, empty: str) -> bool:
     print an empty thought (`empty`) before an answer without a thought.
     """
     wanted, printed, opened = ("".join(string.split()) for string in (text, answer, opening))
-    # White space was removed from all of them, since templates strip and add line breaks around thoughts.
+    # White space is removed from all of them, since templates strip and add line breaks around thoughts.
     if printed in (wanted, "".join(empty.split()) + wanted):
         return True
     if wanted.endswith(printed):
@@ -202,21 +203,21 @@ def _prints(answer: str, text: str, opening: str, empty: str) -> bool:
 def _thought_message(turn: Turn) -> str:
     return (
         f"the chat template prints a thought of the answer {short(turn.text)}, and prompts end after an empty one; "
-        "data.thinking: true ends them before a thought, so that thoughts are trained and asked for"
+        "data.thinking: true ends them before a thought, so that thoughts are trained and evaluated"
     )
 
 
 def _change_message(turn: Turn, rendered: str) -> str:
-    """Say why a message cannot be found in what the template has printed, and what helps."""
+    """Return the reason why a message is not in the template's output, and the remedy."""
     if not turn.text:
-        return f"the chat template leaves out an empty text of the {turn.speaker}, so that nothing would be learnt there"
+        return f"the chat template omits an empty text of the {turn.speaker}, so that nothing would be trained there"
     if turn.speaker == "assistant" and turn.text in rendered:
         return (
             f"the chat template prints other text before the answer {short(turn.text)} than before others (for a thought in "
-            "it, as a rule), so that no prompt would be the beginning of its row; take the thought out of the answer, or give "
+            "it, as a rule), so that no prompt would be the beginning of its row; remove the thought from the answer, or give "
             "another template (model.chat_template)"
         )
     return (
         f"the chat template changes the {turn.speaker}'s text {short(turn.text)}, so that the roles of its tokens cannot be "
-        "told; write the text as the template prints it, or give another template (model.chat_template)"
+        "determined; write the text as the template prints it, or give another template (model.chat_template)"
     )

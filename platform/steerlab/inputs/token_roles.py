@@ -1,4 +1,4 @@
-"""Give every token of a row its role and part: those of the stretch of text that its deciding character is in."""
+"""Give every token of a row its role and part: those of the stretch of text that contains its deciding character."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def with_roles(
         stretches: The stretches of which the text consists.
         tokens: The tokens of the text.
         added: Names of the tokenizer's added tokens by id.
-        keeps_end: Whether what the tokenizer puts after the text belongs to the row.
+        keeps_end: Whether the tokens that the tokenizer puts after the text belong to the row.
     """
     owner = [stretch for stretch in stretches for _ in stretch.text]
     before, after = (Stretch("", stretch.role, TEMPLATE_PART) for stretch in (stretches[0], stretches[-1]))
@@ -28,7 +28,8 @@ def with_roles(
     owners = [owner[place] for place in places(text, tokens, added)] if owner else [after] * len(ids)
     is_melted = melts(stretches, owners, tokens.offsets)
     if any(tokens.put):
-        # Without characters of its own: a tokenizer marks special tokens within the text as added ones, too.
+        # Only tokens without characters of their own count, because a tokenizer marks special tokens within the text as added
+        # ones, too.
         around = [bool(put) and start == end for put, (start, end) in zip(tokens.put, tokens.offsets, strict=True)]
         first = next((t for t, here in enumerate(around) if not here), len(around))
         positions = [t for t, here in enumerate(around) if not here or t < first or keeps_end]
@@ -37,7 +38,7 @@ def with_roles(
     row = Encoded(
         input_ids=ids,
         roles=[stretch.role for stretch in owners],
-        # Labels follow the text and not the role: with ASIDE's convention the answer has the role of data.
+        # Labels follow the text instead of the role, because with ASIDE's convention the answer has the role of data.
         in_response=[stretch.answers and stretch.final for stretch in owners],
         parts=[stretch.part for stretch in owners],
         in_answers=[stretch.answers for stretch in owners],

@@ -25,7 +25,7 @@ _LONGEST_MADE = 4 * _LONGEST_TEXT
 
 
 class Tokens(NamedTuple):
-    """Tokens of a text, each with the characters that it stands for."""
+    """Tokens of a text, each with the characters that it covers."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -52,7 +52,7 @@ class TextTokenizer:
     @cached_property
     def _growth(self) -> float:
         """Largest number of characters that the tokenizer's normalisation makes of one."""
-        # Cached: it normalises probes, which takes a while.
+        # The value is cached, because normalising the probes takes a while.
         return models.growth_of(self._tokenizer)
 
     def explained(self) -> AbstractContextManager[None]:
@@ -63,14 +63,14 @@ class TextTokenizer:
         """Raise ValueError if a text is too long; `row` is its number from 0, for the message."""
         longest = min(_LONGEST_TEXT, int(_LONGEST_MADE / self._growth))
         if len(text) > longest:
-            makes = f" (this tokenizer makes {self._growth:,.0f} of one)" if longest < _LONGEST_TEXT else ""
+            makes = f" (this tokenizer may make {self._growth:,.0f} characters of one)" if longest < _LONGEST_TEXT else ""
             raise ValueError(f"row {row + 1} has {len(text):,} characters, more than {longest:,}{makes}: cut it into rows")
 
     def tokens(self, texts: Sequence[str], as_text: Sequence[bool]) -> list[Tokens]:
         """Return the tokens of each text; where `as_text` is true, with the tokens that the tokenizer adds (BOS, EOS)."""
         tokens: dict[int, Tokens] = {}
         with _untrimmed_offsets(self.backend):
-            # Texts with and without added tokens need separate calls: the setting is that of a whole call.
+            # Texts with and without added tokens need separate calls, because the setting is that of a whole call.
             for adds in set(as_text):
                 for numbers in _together([i for i, here in enumerate(as_text) if here == adds], texts, self._growth):
                     tokens |= zip(numbers, self._called([texts[i] for i in numbers], adds), strict=True)
@@ -97,9 +97,9 @@ def places(text: str, tokens: Tokens, added: Mapping[int, str]) -> list[int]:
         tokens: Its tokens.
         added: Id -> name of the tokenizer's added tokens.
     """
-    # The last character: a token across a boundary gets the later role, so no character of data after an instruction counts as
-    # instruction. An added token is located by its own name instead, since some strip the white space around them
-    # (Phi 3's `<|assistant|>` takes that of the answer).
+    # The last character decides: a token across a boundary gets the later role, so no character of data after an instruction
+    # counts as instruction. An added token is located by its own name, since some strip the white space around them (Phi 3's
+    # `<|assistant|>` takes that of the answer).
     last = len(text) - 1
     places = [end - 1 if end > start else min(start, last) for start, end in tokens.offsets]
     for t, number in enumerate(tokens.ids):
@@ -112,7 +112,7 @@ def _together(numbers: Sequence[int], texts: Sequence[str], growth: float = 1.0)
     """Yield groups of text numbers with at most `_LONGEST_TEXT` characters each, counting `growth` for every character."""
     chosen, length = [], 0
     for number in numbers:
-        # One text is yielded alone however long it is; `check_length` has refused longer ones.
+        # A single text is yielded alone however long it is; `check_length` has refused longer ones.
         if chosen and (length + len(texts[number])) * growth > _LONGEST_TEXT:
             yield chosen
             chosen, length = [], 0
@@ -126,7 +126,7 @@ def _together(numbers: Sequence[int], texts: Sequence[str], growth: float = 1.0)
 def _untrimmed_offsets(backend: Tokenizer) -> Iterator[None]:
     """Switch off `trim_offsets` during the block, in byte-level tokenizers that have it (Llama 3's among them).
 
-    Trimmed offsets leave out the spaces of a token. They hide that a token contains a space of the part before, and point past
+    Trimmed offsets exclude the spaces of a token. They hide that a token contains a space of the part before, and point past
     the end of the text for a token that is only a space.
     """
     steps = [step for step in _steps(backend.post_processor) if isinstance(step, ByteLevel | RobertaProcessing)]

@@ -54,7 +54,7 @@ class Encoded:
     parts: list[int]
     """Number of the message part that the token comes from, counted over the conversation; -1 for template text."""
     in_answers: list[bool] = field(default_factory=list)
-    """True for the tokens of all answers, including earlier ones; if left out, the same as `in_response`."""
+    """True for the tokens of all answers, including earlier ones; if empty, the same as `in_response`."""
 
     def __post_init__(self) -> None:
         if not self.in_answers:
@@ -68,8 +68,8 @@ class Encoded:
 
         `loss_on` is `DataSet.loss_on`: `all`, `response` (all answers of the row) or `last_response`.
         """
-        # Nothing precedes the first token, so it is never predicted.
-        # An unknown name means every token, as `all` does; configs allow no other names.
+        # Nothing precedes the first token, so it is never predicted. An unknown name means every token, as `all` does; configs
+        # allow no other names.
         chosen = {"response": self.in_answers, "last_response": self.in_response}.get(loss_on) or [True] * len(self)
         return [False, *chosen[1:]]
 
@@ -96,7 +96,7 @@ class Pair:
 
     def targets(self, loss_on: str) -> list[bool]:
         """Return for each token whether its prediction is in the loss, those of the preferred sequence first."""
-        # Preference losses compare the last responses: earlier answers are the same in both sequences.
+        # Preference losses compare the last responses, because earlier answers are the same in both sequences.
         loss_on = "last_response" if loss_on == "response" else loss_on
         return [*self.chosen.targets(loss_on), *self.rejected.targets(loss_on)]
 
@@ -134,10 +134,10 @@ class Batch:
         device = torch.device(device)
         if device.type == self.labels.device.type == "cpu":
             return self
-        # One copy for all of it, which the program does not wait for, with the places of the labels: a GPU would have to be
-        # waited for to know their number.
+        # All tensors and the places of the labels go in one asynchronous copy, because finding the number of labels on a GPU
+        # would wait for it.
         tensors = [*(getattr(self, name) for name in self.__dataclass_fields__), *self.predicting]
-        is_up = self.labels.device.type == "cpu"  # only then: a copy down that is not waited for would be read too early
+        is_up = self.labels.device.type == "cpu"  # an asynchronous copy to the CPU would be read too early
         flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device, non_blocking=is_up)
         parts = flat.split([tensor.numel() for tensor in tensors])
         *fields, row_N, position_N = (part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
@@ -148,7 +148,7 @@ class Batch:
     @property
     def model_inputs(self) -> dict[str, Tensor]:
         """Arguments for the forward of a model of transformers."""
-        # Positions are explicit: with padding on the left, most models would count it (transformers 5).
+        # Positions are explicit, because most models would count padding on the left (transformers 5).
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -157,7 +157,7 @@ class Batch:
 
     @property
     def patched_inputs(self) -> dict[str, Tensor]:
-        """Arguments for the forward of a model that carries patches."""
+        """Arguments for the forward of a model with patches."""
         return {**self.model_inputs, "roles": self.roles, "phases": self.phases}
 
     @property
@@ -180,9 +180,9 @@ def collate(
         pad_id: Id of padding tokens.
         side: Side of the padding: right for training, left for generation.
         loss_on: Tokens whose labels are not `IGNORED`, as `DataSet.loss_on`.
-        numbers: Numbers of the rows in their data set; may be left out.
+        numbers: Numbers of the rows in their data set; may be empty.
     """
-    # One number for each sequence, so two for a pair.
+    # Each sequence has a number, so a pair has two.
     counted = [number for row, number in zip(rows, numbers, strict=bool(numbers)) for _ in row.sequences]
     sequences = [sequence for row in rows for sequence in row.sequences]
     longest = max(len(row) for row in sequences)
@@ -191,7 +191,7 @@ def collate(
         padding = [fill] * (longest - len(values))
         return [*padding, *values] if side == "left" else [*values, *padding]
 
-    # As `Pair.targets` does: preference losses compare the last responses only.
+    # As in `Pair.targets`, preference losses compare the last responses only.
     targets = [loss_on if isinstance(row, Encoded) else "last_response" if loss_on == "response" else loss_on for row in rows]
     labels = [
         [token if chosen else IGNORED for token, chosen in zip(sequence.input_ids, sequence.targets(target), strict=True)]

@@ -1,6 +1,6 @@
 """Parse the templates of `compose`, which make a text from several fields of a row.
 
-    "{question}\\n{choices}"      fields and paths (data/values.py) in braces; {{ and }} stand for braces
+    "{question}\\n{choices}"      fields and paths (data/values.py) in braces; {{ and }} are written for braces
     "{choices}"                  a list of texts as lettered lines: A. first, B. second
     "{choices:lines}"            a list of texts, one per line
     "{choices:commas}"           a list of texts, separated by commas
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 def _lettered(texts: Sequence[str]) -> str:
     # More choices than letters would get letters that no answer can name.
     if len(texts) > len(string.ascii_uppercase):
-        raise ValueError(f"holds {len(texts)} choices, more than there are letters; write them with :lines")
+        raise ValueError(f"holds {len(texts)} choices, more than the alphabet has letters; write them with :lines")
     return "\n".join(f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, texts, strict=False))
 
 
@@ -45,7 +45,7 @@ def pieces(template: str) -> list[tuple[str, str | None, str | None, str | None]
     Field, join and conversion are None after the last field.
     """
     try:
-        # Python's own parser of format strings, so that {{ and }} mean what they mean there.
+        # Python's own parser of format strings is used, so that {{ and }} have the same meaning.
         return list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"the template {template!r} cannot be read ({error}); {{{{ and }}}} are braces") from None

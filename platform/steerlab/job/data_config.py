@@ -12,9 +12,9 @@ from steerlab.job.typed import Frozen
 PromptStyle = Literal["aside", "plain"]
 ResponseRole = Literal["data", "instruction", "response"]
 MAX_EXAMPLES = 100
-"""Worked examples before a question at most; a whole file of them would make every prompt too long."""
+"""Maximum number of worked examples before a question; a whole file of them would make every prompt too long."""
 PROMPT_FIELDS = ("prompt_style", "response_role", "thinking")
-"""Fields of `DataConfig` by which texts become tokens."""
+"""Fields of `DataConfig` that determine how texts become tokens."""
 
 
 class DataConfig(Frozen):
@@ -29,7 +29,8 @@ class DataConfig(Frozen):
     basis: DataSet | None = None
     """Rows whose activations span a method's basis; null takes those of `safety`."""
     utility: DataSet | None = None
-    """Rows that show abilities, such as solved problems, for a method that tells them from the behaviour of `safety`."""
+    """Rows that show abilities, such as solved problems, for a method that distinguishes them from the behaviour of
+    `safety`."""
     source: DataSet | None = None
     """Texts with the behaviour to steer away from; a method moves their activations towards those of `target`."""
     target: DataSet | None = None
@@ -50,7 +51,7 @@ class DataConfig(Frozen):
 
     @property
     def by_role(self) -> dict[str, DataSet]:
-        """The data sets of the job, by use; uses without one are left out."""
+        """The data sets of the job, by use; uses without a data set are omitted."""
         data_sets = {
             "train": self.train,
             "validation": self.validation,
@@ -68,14 +69,16 @@ class DataConfig(Frozen):
     def _check(self) -> DataConfig:
         for role, data in self.by_role.items():
             if role != "validation" and (data.format == "preference") != (role == "preference"):
-                raise ValueError(f"{role}: rows of format {data.format} do not belong there; pairs go to data.preference")
+                raise ValueError(f"{role}: rows of format {data.format} are not valid here; pairs belong in data.preference")
             if data.weight is not None and not data.also:
-                raise ValueError(f"{role}.weight {data.weight:g}: there is nothing to mix with; list other data sets in `also`")
+                raise ValueError(
+                    f"{role}.weight {data.weight:g}: there is no other data set to mix with; list other data sets in `also`"
+                )
             formats = dict.fromkeys(part.format for part in data.parts)
             if role == "examples" and (set(formats) != {"instruction"} or data.also):
                 raise ValueError(f"examples: worked examples are rows of format instruction from one source, not {data.format}")
             if role == "examples" and (data.limit is None or data.limit > MAX_EXAMPLES):
-                raise ValueError(f"examples.limit: give the number of worked examples, at most {MAX_EXAMPLES}")
+                raise ValueError(f"examples.limit: give the number of worked examples, {MAX_EXAMPLES} or fewer")
             if len(formats) > 1 and role not in ("train", "validation"):
                 raise ValueError(
                     f"{role}.also: rows of formats {' and '.join(formats)}; only train and validation can mix formats"

@@ -1,4 +1,4 @@
-"""Config of one data set of a job: where its rows come from, which are taken, and how they become tokens."""
+"""Config of one data set of a job: where its rows come from, which rows are taken, and how they become tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from steerlab.job.typed import Frozen, Seed
 
 
 def _spelt(value: object) -> object:
-    """Turn the keys of `map` into texts: YAML reads 0 and true as a number and a boolean, but a saved job has texts."""
+    """Turn the keys of `map` into texts: YAML parses 0 and true as a number and a boolean, but a saved job has texts."""
     if not isinstance(value, dict):
         return value
     return {str(key).lower() if isinstance(key, bool) else str(key): name for key, name in value.items()}
@@ -44,10 +44,10 @@ class DataSet(Frozen):
     rows of the file have names."""
     rows_at: str | None = Field(None, exclude_if=lambda path: path is None)
     """Path of the list of rows in a JSON or YAML object that holds several lists: data.train. Null finds the only list."""
-    # An empty setting is left out of the dump: keys of artifacts are hashes of it, and must not change with a new setting.
+    # An empty setting is excluded from the dump: keys of artifacts are hashes of it, and must not change with a new setting.
     rename: dict[str, str] = Field({}, exclude_if=lambda renamed: not renamed)
     """Fields to rename, {old: new}: {question: instruction, answer: output}; other settings use the new names. A field that
-    already has the new name is dropped. A path takes a nested field out: {answers.text.0: output}."""
+    already has the new name is dropped. A path extracts a nested field: {answers.text.0: output}."""
     fill: dict[str, str] = Field({}, exclude_if=lambda filled: not filled)
     """Fields that are set to one text in every row: {output: "I can't help with that."}."""
     map: dict[str, Names] = Field({}, exclude_if=lambda mapped: not mapped)
@@ -56,10 +56,11 @@ class DataSet(Frozen):
     """Fields made from others, after `map`: {instruction: "{question}\\n{choices}"}; fields and paths in braces, {{ for a
     brace. A list of texts becomes lettered lines (A. first), with {choices:lines} plain ones, with {choices:commas} one."""
     as_text: tuple[str, ...] = Field((), exclude_if=lambda names: not names)
-    """Fields whose numbers and booleans are read as texts, as JSON writes them; in other text fields they make the row bad."""
+    """Fields whose numbers and booleans are converted to texts, as JSON writes them; in other text fields they make the row
+    bad."""
     where: dict[str, tuple[float | None, float | None]] = {}
     """Keep rows whose number in a field is in [low, high]; null is an open end, true counts as 1. Rows with null or NaN in the
-    field are left out."""
+    field are skipped."""
     equals: dict[str, str | int | float | bool | None] = {}
     """Keep rows whose field equals this value: 1 equals 1.0 and the text "1", true the text "true", null also NaN. Applied
     before `map` and `compose`."""
@@ -74,12 +75,12 @@ class DataSet(Frozen):
     first_sentence: bool = False
     """Cut each text after its first sentence (format text)."""
     min_chars: int = Field(0, ge=0)
-    """Least number of characters of a text, after `first_sentence` (format text); shorter ones are left out."""
+    """Least number of characters of a text, after `first_sentence` (format text); shorter ones are skipped."""
     distinct: bool = False
     """Keep only the first of equal texts (format instruction: of equal instruction and input), so that no text is in two parts
     of a split."""
     shuffle: Seed | None = None
-    """Seed by which the remaining rows are shuffled; null keeps their order."""
+    """Seed by which the remaining rows are shuffled; null does not shuffle."""
     limit: int | None = Field(None, ge=1, le=2**53)
     """Number of rows taken, from `offset` on; null takes all."""
     offset: int = Field(0, ge=0)
@@ -87,7 +88,7 @@ class DataSet(Frozen):
     needs_input: bool = False
     """Keep only rows whose `input` is not empty (format instruction)."""
     skip_bad: bool = Field(False, exclude_if=lambda skips: not skips)
-    """Leave out bad rows and warn of their number; false refuses a data set with a bad row. A row is bad if it is no object,
+    """Skip bad rows and warn of their number; false refuses a data set with a bad row. A row is bad if it is not an object,
     lacks a field, or has a value that a setting or the format cannot use. A damaged file is always refused."""
     loss_on: Literal["all", "response", "last_response"] = "all"
     """Tokens in the loss. all: every token but padding (as in ASIDE's paper); response: the response, in format conversation
@@ -97,8 +98,9 @@ class DataSet(Frozen):
     instruction, conversation and text, for example plain texts to keep the language (with loss_on all); elsewhere the format
     must be the same."""
     weight: float | None = Field(None, gt=0, exclude_if=lambda weight: weight is None)
-    """Share of this data set in the mixture with those of `also`, relative to their weights; all of them have one or none has.
-    Each gives its exact share, from its first row on (`shuffle` for random ones), rounded by largest remainders."""
+    """Share of this data set in the mixture with those of `also`, relative to their weights; either all data sets of the
+    mixture have a weight or none. Each gives its exact share, from its first row on (`shuffle` for random ones), rounded by
+    largest remainders."""
     mixed_rows: int | None = Field(None, ge=1, le=2**40, exclude_if=lambda num: num is None)
     """Number of rows of a mixture by weights. Null takes the largest that repeats no row; in a larger one, data sets that are
     too small begin again."""
@@ -135,7 +137,7 @@ class DataSet(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> DataSet:
-        # Checked when the job is read: each of these would otherwise fail or train nothing hours later.
+        # The settings are checked when the job is read: each of these would otherwise fail or train nothing hours later.
         if self.format == "text" and self.loss_on == "response":
             raise ValueError("loss_on response needs format instruction: plain text has no response")
         if self.format == "preference" and self.loss_on == "all":
@@ -150,9 +152,9 @@ class DataSet(Frozen):
             raise ValueError(f"seeds {list(self.seeds)}: give a range [start, end) of whole numbers from 0")
         if self.seeds is not None and self.seeds[1] - self.seeds[0] > _MOST_SEEDS:
             times = self.seeds[1] - self.seeds[0]
-            raise ValueError(f"seeds {list(self.seeds)} draw each text {times:,} times; at most {_MOST_SEEDS:,}")
+            raise ValueError(f"seeds {list(self.seeds)} draw each text {times:,} times; the maximum is {_MOST_SEEDS:,}")
         if (self.seeds is not None or self.tags) and self.format != "text":
-            raise ValueError(f"seeds and tags are about prompts (format text); rows of format {self.format} have none")
+            raise ValueError(f"seeds and tags apply to prompts (format text); rows of format {self.format} have no prompts")
         for template in self.compose.values():
             compositions.check(template)
         for name in self.compose.keys() & self.fill.keys():
@@ -163,7 +165,7 @@ class DataSet(Frozen):
                 raise ValueError(f"rename gives the name {name!r} to two fields")
         for name in self.needed_fields:
             if name in self.rename and name not in new and name not in self.compose and name not in self.fill:
-                raise ValueError(f"rename takes the field {name!r} away, which format {self.format} or a filter needs")
+                raise ValueError(f"rename removes the field {name!r}, which format {self.format} or a filter needs")
         self._check_weights()
         for other in self.also:
             # A row of a language model's training is one sequence in each of these formats, so their rows can share a batch.
@@ -182,16 +184,18 @@ class DataSet(Frozen):
 
     def _check_weights(self) -> None:
         weighted = [self.weight is not None, *(other.weight is not None for other in self.also)]
-        # A weight alone is that of a part, which the data set around it mixes.
+        # The weight of a single data set belongs to a part of a mixture, which the data set around it mixes.
         if self.also and any(weighted) and not all(weighted):
             number = weighted.index(False)
             which = "this data set" if number == 0 else f"also.{number - 1}"
-            raise ValueError(f"weight: {which} has none; give one to all data sets of a mixture, or to none")
+            raise ValueError(f"weight: {which} has no weight; give one to all data sets of a mixture, or to none")
         if any(other.weight is not None and other.also for other in self.also):
-            raise ValueError("also: a data set of a mixture cannot be one itself; list all of them in one `also`")
+            raise ValueError("also: a data set of a mixture cannot be a mixture itself; list all of them in one `also`")
         if self.also and any(weighted) and len({part.format for part in self.parts}) > 1:
             raise ValueError("weight: a mixture by weights has rows of one format; without weights, also can mix formats")
         if self.also and any(weighted) and len({part.skip_bad for part in self.parts}) > 1:
-            raise ValueError("skip_bad: the rows of a mixture by weights are read as one; set it alike in all of its data sets")
+            raise ValueError(
+                "skip_bad: the rows of a mixture by weights are read as one; set it to the same value in all of its data sets"
+            )
         if self.mixed_rows is not None and not (self.also and all(weighted)):
-            raise ValueError("mixed_rows is about a mixture by weights: give this data set and those of `also` a weight")
+            raise ValueError("mixed_rows applies to a mixture by weights: give this data set and those of `also` a weight")

@@ -1,4 +1,4 @@
-"""The platform's own entries of a table by name; the file of one is imported when it is first asked for.
+"""The platform's own entries of a table by name; the file of an entry is imported when the entry is first read.
 
 Nearly all of these files import torch, and a job names a few of them.
 """

@@ -14,12 +14,12 @@ Pooling = Literal["mean", "median", "max", "min", "last", "none"]
 
 
 class ExtractConfig(Frozen):
-    """Which activations of the model are read, and how they are stored."""
+    """Settings of the activations that are read from the model, and of how they are stored."""
 
     select: Selection = Selection()
     """Modules and tokens that are read."""
     pooling: tuple[Pooling, ...] = Field(("mean",), min_length=1)
-    """How the vectors of a row's selected tokens are reduced to one; `none`, which must stand alone, keeps one per token.
+    """How the vectors of a row's selected tokens are reduced to one; `none`, which cannot be combined, stores one per token.
     Padding never counts."""
     keep: Literal["rows", "moments"] = "rows"
     """rows: one Parquet row per text (or token); moments: only count, mean and variance of each neuron over all rows."""
@@ -38,13 +38,13 @@ class ExtractConfig(Frozen):
     @classmethod
     def _no_bfloat16(cls, value: object) -> object:
         if value == "bfloat16":
-            raise ValueError("Arrow has no bfloat16: float16 keeps more digits in the same space, float32 all of them")
+            raise ValueError("Arrow has no bfloat16: float16 has more digits in the same space, float32 all of them")
         return value
 
     @model_validator(mode="after")
     def _check(self) -> ExtractConfig:
         if "none" in self.pooling and len(self.pooling) > 1:
-            raise ValueError("pooling none keeps one row a token and cannot stand beside others")
+            raise ValueError("pooling none stores one row for each token and cannot be combined with others")
         if len(set(self.pooling)) < len(self.pooling):
             raise ValueError(f"pooling {list(self.pooling)} names one twice")
         if self.second_moment and self.keep != "moments":

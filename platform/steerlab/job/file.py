@@ -50,7 +50,7 @@ def validate(tree: Mapping[str, Json], kind: type[Job], path: Path) -> Job:
 
     `path` is the file that messages name, and whose folder relative `job:` sources start from.
     """
-    # Before validation, which needs the settings of the inner job (`Job._with_prompt_of_base`).
+    # Jobs are inlined before validation, which needs the settings of the inner job (`Job._with_prompt_of_base`).
     tree = _inline_jobs(dict(tree), kind, path)
     try:
         return kind.model_validate(tree)
@@ -74,22 +74,22 @@ def base_job(job: Job, kind: type[Job]) -> Job | None:
 
 
 def _load_yaml(path: Path) -> JsonObject:
-    """Return the mapping in a YAML file. Raises JobError, with the line where there is one, for anything else."""
+    """Return the mapping in a YAML file. Raises JobError, with the line if it is known, for anything else."""
     content = b""
     try:
         content = files.read(path, LONGEST)
         tree = yaml12.load(content.decode("utf-8-sig"))  # editors on Windows put a byte order mark first
     except FileNotFoundError:
-        # Jobs of the same folder only: searching further would suggest jobs of other studies.
+        # Only jobs of the same folder are suggested; searching further would suggest jobs of other studies.
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        # A low cutoff: most of the path is the same folder, but a name may be misspelt a lot.
+        # The cutoff is low: most of the path is the same folder, but a name may be misspelt a lot.
         hint = difflib.get_close_matches(str(path), near, n=1, cutoff=0.3)
         raise JobError(f"{path.absolute()}: no such job file" + (f"; did you mean {hint[0]}?" if hint else "")) from None
     except files.FileError as error:
-        raise JobError(f"{error}, so it is no job") from None
+        raise JobError(f"{error}, so it is not a job") from None
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise JobError(f"{path}:{line}: cannot be read as YAML: the file is no UTF-8 text") from None
+        raise JobError(f"{path}:{line}: cannot be read as YAML: the file is not UTF-8 text") from None
     except OSError as error:
         raise JobError(f"{path}: cannot be read: {error.strerror}") from None
     except yaml12.YamlError as error:
@@ -108,7 +108,7 @@ def override(tree: JsonObject, text: str, kind: type[Job]) -> None:
         raise JobError(f"{where}: expected a.b=c")
     key, value = match.groups()
     try:
-        # As YAML, so that a value means the same in a file and on the command line.
+        # The value is parsed as YAML, so that it means the same in a file and on the command line.
         parsed = yaml12.load_value(value)
     except yaml12.YamlError as error:
         raise JobError(f"{where}: the value cannot be read as YAML: {error}; a text goes in quotes: '{key}=\"...\"'") from None
@@ -120,13 +120,13 @@ def override(tree: JsonObject, text: str, kind: type[Job]) -> None:
 
 def _expanded(source: str, where: str) -> Path:
     """Return the path in `job:PATH`, with `~` expanded; `where` begins the message of a JobError."""
-    # Checked here, because `Path` accepts it and the operating system's error has no words for it.
+    # Null characters are refused here, because `Path` accepts them and the operating system's error does not name the problem.
     if "\0" in source:
         raise JobError(f"{where} {cut(source)}: no path holds a null character")
     try:
         return Path(source.removeprefix(JOB_PREFIX)).expanduser()
     except RuntimeError:
-        raise JobError(f"{where} {cut(source)}: there is no user of this name here") from None
+        raise JobError(f"{where} {cut(source)}: this machine has no user of this name") from None
 
 
 def put(tree: JsonObject, key: str, value: Json, where: str, kind: type[Job]) -> None:
@@ -151,9 +151,9 @@ def put(tree: JsonObject, key: str, value: Json, where: str, kind: type[Job]) ->
         if isinstance(node, list):
             node = node[_index(node, part, where)]
         else:
-            # A union has several models: the ones that the tag in the tree (`name`, `task`) chooses say what the default is.
+            # A union has several models; those that the tag in the tree (`name`, `task`) chooses give the default.
             fields = [model.model_fields[part] for model in of_tag(models, node) if part in model.model_fields]
-            # Also for an explicit null: `--set train.steps=5` turns the section on.
+            # This also replaces an explicit null: `--set train.steps=5` turns the section on.
             if node.get(part) is None:
                 node[part] = _default(fields[0], node) if fields else {}
             node, models = node[part], [model for field in fields for model in models_of(field)]
@@ -186,7 +186,7 @@ def _parts(key: str, where: str) -> list[str]:
         part = match and (match[1] if match[1] is not None else match[2].strip())
         if not match or not part or key[match.end() : match.end() + 1] not in ("", "."):
             raise JobError(
-                f'{where}: {cut(key)!r} is no path of a key: a.b.c, list items by number, a key with dots in "quotes"'
+                f'{where}: {cut(key)!r} is not the path of a key: a.b.c, list items by number, a key with dots in "quotes"'
             )
         parts.append(part)
         at = match.end() + 1
@@ -201,10 +201,10 @@ def _index(node: list[Json], part: str, where: str) -> int:
 
 def _inline_jobs(tree: JsonObject, kind: type[Job], path: Path, seen: tuple[Path, ...] = ()) -> JsonObject:
     """Replace `model.source: job:FILE` by that job's tree, recursively; `seen` are the files on the way here."""
-    # Resolved, because a cycle may go through links or different relative paths.
+    # The path is resolved, because a cycle may go through links or different relative paths.
     here = path.resolve()
     if here in seen:
-        raise JobError(f"{path}: model.source goes in a circle: {' -> '.join(p.name for p in (*seen, here))}")
+        raise JobError(f"{path}: model.source forms a circle: {' -> '.join(p.name for p in (*seen, here))}")
     model = tree.get("model")
     if not isinstance(model, dict):
         return tree
@@ -215,7 +215,7 @@ def _inline_jobs(tree: JsonObject, kind: type[Job], path: Path, seen: tuple[Path
             below = _load_yaml(other)
         except JobError as error:
             raise JobError(f"{path}: model.source: {error}") from None
-        # First the inner jobs: relative paths in them start from their own file's folder.
+        # The inner jobs are resolved first, because relative paths in them start from their own file's folder.
         below = _inline_jobs(below, kind, other, (*seen, here))
         return {**tree, "model": {**model, "source": _resolved(below, kind, str(other))}}
     if isinstance(source, dict):

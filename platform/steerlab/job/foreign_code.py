@@ -80,7 +80,7 @@ def of_file(kind: Kind[E], code: own_code.Code, taken: Collection[str]) -> Forei
         raise JobError(f"{code.path}: the file of a {kind.word} defines {wanted}; it has {has}")
     if (reason := refusal(kind, entry, taken)) is not None:
         raise JobError(f"{code.path}: {reason}")
-    # In a key the file is written as its SHA-256, elsewhere as its path.
+    # In a key the file is represented by its SHA-256, elsewhere by its path.
     written = PlainSerializer(lambda path, info: code.reference if is_described(info) else path)
     place = (Annotated[str, AfterValidator(_place), written], Field(description="The file of this code."))
     return Foreign(kind.with_config(entry, _extended(entry.Config, FILE, place)), f"SHA-256 {code.sha256}")
@@ -91,7 +91,7 @@ def of_package(kind: Kind[E], name: str, taken: Collection[str]) -> Foreign[E] |
 
     Only this entry is imported, so that a broken package matters only to the jobs that name it.
     """
-    # By name: loading all entry points would import every installed package that has one.
+    # The entry point is looked up by name: loading all entry points would import every installed package that has one.
     points = list(importlib.metadata.entry_points(group=f"steerlab.{kind.word}s", name=name))
     return _loaded(kind, points, taken) if points else None
 
@@ -102,52 +102,52 @@ def _loaded(kind: Kind[E], points: Sequence[importlib.metadata.EntryPoint], take
     package = "a package" if point.dist is None else f"{point.dist.name}=={point.dist.version}"
     if others:
         names = [package, *(str(other.dist and other.dist.name) for other in others)]
-        raise JobError(f"{' and '.join(names)} both bring the {kind.word} {point.name}; uninstall one of them")
+        raise JobError(f"{' and '.join(names)} both register the {kind.word} {point.name}; uninstall one of them")
     try:
         entry = point.load()
     except (Exception, SystemExit) as error:  # importing a module of somebody else may raise anything
         raise JobError(f"{package}: {point.value} fails: {type(error).__name__}: {str(error)[:300]}") from None
     if not isinstance(entry, kind.type):
-        raise JobError(f"{package}: {point.value} is a {type(entry).__name__}, no {kind.type.__name__}")
+        raise JobError(f"{package}: {point.value} is a {type(entry).__name__}, not a {kind.type.__name__}")
     if (reason := refusal(kind, entry, taken)) is not None:
         raise JobError(f"{package}: {point.value}: {reason}")
-    # Otherwise two names would lead to one entry, and keys would contain either.
+    # Otherwise two names would refer to one entry, and keys would contain either.
     if name_of(kind, entry) != point.name:
-        raise JobError(f"{package}: {point.value} calls itself {name_of(kind, entry)}; register it so")
+        raise JobError(f"{package}: {point.value} has the name {name_of(kind, entry)}; register it under that name")
     # A package that is edited in place (pip install -e) keeps its version, so the hash of its module is added.
     file = getattr(sys.modules.get(point.module), "__file__", None)
     digest = hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:12]
     whose = f"{package}+{digest}"
-    version = (Literal[whose], Field(whose, description="The package that brings it."))  # type: ignore[valid-type]
+    version = (Literal[whose], Field(whose, description="The package that registers it."))  # type: ignore[valid-type]
     return Foreign(kind.with_config(entry, _extended(entry.Config, PACKAGE, version)), whose)
 
 
 def name_of(kind: Kind[E], entry: E) -> str | None:
     """Return the name in an entry's config: the default, and only allowed value, of the field `tag`; None without one."""
     field = getattr(entry.Config, "model_fields", {}).get(kind.tag)
-    # A Literal of one value, so that pydantic can choose the config of a union by it.
+    # The annotation has to be a Literal of one value, so that pydantic can choose the config of a union by it.
     allowed = get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
     return allowed[0] if len(allowed) == 1 and field is not None and field.default == allowed[0] else None
 
 
 def refusal(kind: Kind[E], entry: E, taken: Collection[str]) -> str | None:
-    """Return why an entry cannot be used, for a message; None if it can."""
+    """Return the reason why an entry cannot be used, for a message; None if it can."""
     config: object = entry.Config  # typed as object: code from outside may have put anything here
     if not (isinstance(config, type) and issubclass(config, Frozen)):
-        return f"its Config is no {kind.word}'s config: derive it from steerlab.job.{kind.type.__name__}Config"
-    # Checked here, so that a wrong entry fails before a training and not after it.
+        return f"its Config is not a {kind.word}'s config: derive it from steerlab.job.{kind.type.__name__}Config"
+    # The parts are checked here, so that a wrong entry fails before a training and not after it.
     if wrong := [part for part in ("run", "measures", "check", "fit") if not callable(getattr(entry, part, print))]:
-        return f"its {wrong[0]} is no function"
+        return f"its {wrong[0]} is not a function"
     name, example = name_of(kind, entry), f'{kind.tag}: Literal["my_{kind.word}"] = "my_{kind.word}"'
     if name is None:
-        return f"its Config says no name: {example}"
+        return f"its Config has no name: {example}"
     if not _NAME.fullmatch(str(name)):
-        return f"its Config has the {kind.tag} {name!r:.60}: small letters, digits and underscores, 40 at most"
+        return f"its Config has the {kind.tag} {name!r:.60}: use small letters, digits and underscores, no more than 40"
     if name in taken:
-        return f"its Config has the {kind.tag} {name!r}, which is another {kind.word}'s here; take one of its own"
+        return f"its Config has the {kind.tag} {name!r}, which another {kind.word} has already; choose another one"
     # These fields are added to the config below, and would replace the entry's own.
     if reserved := {FILE, PACKAGE} & set(config.model_fields):
-        return f"its Config has a field {reserved.pop()!r}, which says here whose code it is; call that otherwise"
+        return f"its Config has a field {reserved.pop()!r}, which here identifies the origin of the code; rename it"
     return None
 
 
@@ -156,6 +156,6 @@ def _place(path: str) -> str:
 
 
 def _extended(config: type[Frozen], name: str, field: tuple[object, object]) -> type[Frozen]:
-    """Return a subclass of a config with a further field; it keeps name and docstring, which messages and pages show."""
+    """Return a subclass of a config with a further field; it has the same name and docstring, which messages and pages show."""
     fields: dict[str, Any] = {name: field}
     return create_model(config.__name__, __base__=config, __doc__=config.__doc__, __module__=config.__module__, **fields)

@@ -48,12 +48,12 @@ class Job(Frozen):
     snapshot: int | None = Field(None, ge=1)
     """Step of `train.snapshots` whose weights are evaluated; null takes the end of training."""
     inverse: bool = Field(False, exclude_if=lambda inverse: not inverse)
-    """Evaluate the inverse of the patch's maps, which induces what they remove. Needs no other fit or training;
-    `method.inverse` leaves inverse maps in the artifact."""
+    """Evaluate the inverse of the patch's maps, which induces what they remove. Does not need another fit or training;
+    `method.inverse` saves inverse maps in the artifact."""
     # -0.0 + 0.0 is 0.0: both mean the model without its patch, and must give one key.
     strength: Annotated[float, AfterValidator(lambda strength: strength + 0.0)] | None = None
     """Strength of the patch in the headline metrics of every task; a task that names several `strengths` reports those too.
-    0 evaluates only the model without its patch; null leaves the strength to each task, or to `choose`."""
+    0 evaluates only the model without its patch; null uses the strengths of each task, or of `choose`."""
     choose: ChooseConfig | None = None
     """How the strength is chosen on development rows; null evaluates the strengths of each task."""
     evaluate: tuple[SerializeAsAny[TaskConfig], ...] = ()
@@ -64,11 +64,11 @@ class Job(Frozen):
     @property
     def tasks(self) -> tuple[TaskConfig, ...]:
         """The tasks of `evaluate`, with the strengths at which each is run."""
-        # The tasks then use their own strengths, or those that `choose` sets.
+        # Without a strength the tasks use their own strengths, or those that `choose` sets.
         if self.strength is None:
             return self.evaluate
         return tuple(
-            # At strength 0 the tasks' own strengths are dropped: the headline of several strengths is never 0.
+            # At strength 0 the tasks' own strengths are dropped, because the headline of several strengths is never 0.
             task.model_copy(update={"strengths": with_headline(self.strength, task.strengths if self.strength else ())})
             for task in self.evaluate
         )
@@ -81,7 +81,8 @@ class Job(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _with_prompt_of_base(cls, tree: object) -> object:
-        """Copy the prompt settings of the job that trains the model: prompts must look as they did in its training."""
+        """Copy the prompt settings of the job that trains the model: prompts must have the form that they had in its
+        training."""
         if not isinstance(tree, Mapping) or (below := _prompt_below(tree)) is None:
             return tree
         data = tree.get("data", {})
@@ -90,8 +91,8 @@ class Job(Frozen):
         for name, value in below.items():
             if name in data and data[name] != value:
                 raise ValueError(
-                    f"data.{name} {data[name]!r:.60}: the model is made by another job, which asks it with {value!r:.60}; "
-                    f"leave data.{name} out here, or set it in that job"
+                    f"data.{name} {data[name]!r:.60}: another job makes the model, with prompts of {value!r:.60}; "
+                    f"remove data.{name} here, or set it in that job"
                 )
         return {**tree, "data": {**below, **data}}
 
@@ -101,7 +102,7 @@ class Job(Frozen):
             raise ValueError("model.attention flash_attention_2 needs model.dtype bfloat16")
         if self.strength is not None and self.choose is not None:
             raise ValueError(
-                f"strength {self.strength:g}: the job has `choose` to find the strength; leave one of them out (choose=null)"
+                f"strength {self.strength:g}: the job has `choose` to find the strength; remove one of them (choose=null)"
             )
         if self.strength is not None and not self.evaluate:
             raise ValueError(f"strength {self.strength:g}: the job has no tasks in `evaluate`, so nothing is measured at it")
@@ -109,7 +110,7 @@ class Job(Frozen):
             return self
         if self.snapshot is not None and self.snapshot not in self.train.snapshots:
             raise ValueError(f"snapshot {self.snapshot} is not one of train.snapshots {list(self.train.snapshots)}")
-        # Every number that an elastic run may have must divide the rows, so that results do not depend on it.
+        # Every number of workers that an elastic run may have must divide the rows, so that results do not depend on it.
         for workers in range(*(self.scale.worker_range[0], self.scale.worker_range[1] + 1)):
             if self.train.rows_per_step % workers:
                 raise ValueError(

@@ -16,13 +16,13 @@ from pydantic_core import ErrorDetails
 _LONGEST = 80
 _TAGS = ("name", "task")
 """Fields whose value chooses a config of a union."""
-# pydantic puts the types of a union's choices into the location of an error; they are no keys of the job.
+# pydantic puts the types of a union's choices into the location of an error; they are not keys of the job.
 _TYPES = ("int", "str", "float", "bool", "constrained-int", "constrained-str")
 _HINTS = {
-    "int_type": {str: "write the number without quotes", bool: "true and false are no numbers"},
-    "float_type": {str: "write the number without quotes", bool: "true and false are no numbers"},
+    "int_type": {str: "write the number without quotes", bool: "true and false are not numbers"},
+    "float_type": {str: "write the number without quotes", bool: "true and false are not numbers"},
     "bool_type": {str: "write true or false", int: "write true or false", float: "write true or false"},
-    # YAML reads 5 and true without quotes as a number and a boolean.
+    # YAML parses 5 and true without quotes as a number and a boolean.
     "string_type": dict.fromkeys((bool, int, float), "write a text in quotes"),
 }
 
@@ -57,9 +57,10 @@ def explain(error: ValidationError, kind: type[BaseModel], where: str) -> str:
         where: Beginning of the message: a file, or a command-line option.
     """
     located = [_Located(details, *_keys_at(kind, details["loc"])) for details in error.errors()]
-    # One error only: later ones are often consequences of the first.
+    # Only one error is reported, because later ones are often consequences of the first.
     first = _deepest(located)
-    # Each choice of a union has an error of its own about the same value; a wrong type says less than any other error.
+    # Each choice of a union has an error of its own about the same value; a wrong type is less informative than any other
+    # error.
     same = [entry.error for entry in located if entry.shown == first.shown]
     same = [details for details in same if not details["type"].endswith("_type")] or same
     others = sum(not _is_above(first.shown, entry.shown) and not _is_above(entry.shown, first.shown) for entry in located)
@@ -68,7 +69,7 @@ def explain(error: ValidationError, kind: type[BaseModel], where: str) -> str:
 
 
 def _is_above(above: Sequence[str], path: Sequence[str]) -> bool:
-    """Return whether `path` equals the path `above` or lies below it."""
+    """Return whether `path` equals the path `above` or is below it."""
     return list(path[: len(above)]) == list(above)
 
 
@@ -93,7 +94,7 @@ def _message(first: _Located, same: Sequence[ErrorDetails]) -> str:
     """Return one message for an error of pydantic; `same` are all its errors at this key, of the choices of a union."""
     error, key = first.error, cut(".".join(first.shown)) or "(top level)"
     context = error.get("ctx", {})
-    # Types of pydantic 2 (docs: "Validation errors").
+    # The types are those of pydantic 2 (docs: "Validation errors").
     match error["type"]:
         case "extra_forbidden":
             near = _nearest(str(error["loc"][-1]), first.valid)
@@ -156,7 +157,7 @@ def _keys_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[st
             shown.append(str(part))
             models = [m for field in fields for m in models_of(field)]
             continue
-        # pydantic puts the tag of a union's choice into the location, but it is no key of the job.
+        # pydantic puts the tag of a union's choice into the location, but it is not a key of the job.
         tagged: list[_Model] = [m for m in configs if part in _tags(m)]
         tagged += [m.config(part) for m in models if isinstance(m, Choices) and isinstance(part, str) and part in m]
         if tagged:
@@ -179,7 +180,7 @@ def of_tag(models: Sequence[_Model], node: Mapping[str, object]) -> list[type[Ba
     """Return the models of a union that the tag in the tree `node` chooses; all of them if `node` has no tag.
 
     The list is empty if no model has the tag, or if `node` names a file: only the code of the file knows its fields. `Choices`
-    are left out without a tag, because all of them would have to be imported.
+    are skipped without a tag, because all of them would have to be imported.
     """
     configs = [model for model in models if not isinstance(model, Choices)]
     tagged = [model for model in configs if len(_tags(model)) > 1]

@@ -56,22 +56,22 @@ def read(name: str) -> Code:
     """
     if name.startswith(BY_DIGEST):
         if name not in _codes:
-            raise JobError(f"{name}: this names code by its content, which the job does not hold; give the path of the file")
+            raise JobError(f"{name}: this names code by its content, which is not known here; give the path of the file")
         return _codes[name]
     path = absolute(name)
-    # A worker may run on a node where another file is at this path, or none.
+    # A worker may run on a node where another file is at this path, or no file.
     if path in _received:
         return _received[path]
     try:
-        # With a limit: the path may be a pipe or a device.
+        # The size is limited, because the path may be a pipe or a device.
         text = files.read_text(Path(path), python_files.LONGEST)
     except FileNotFoundError:
-        raise JobError(f"{path}: there is no such file") from None
+        raise JobError(f"{path}: the file does not exist") from None
     except OSError as error:
         raise JobError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # not a regular file, too large, not UTF-8, or a path that cannot exist
         raise JobError(str(error)) from None
-    # The text is kept, so that what is hashed, run and sent is the same even if the file changes.
+    # The text is stored, so that the same text is hashed, run and sent even if the file changes.
     code = Code(path, hashlib.sha256(text.encode()).hexdigest(), text)
     _codes[code.reference] = _codes[path] = code
     return code
@@ -82,7 +82,7 @@ def absolute(name: str) -> str:
     try:
         return str(Path(name).expanduser().absolute())
     except (RuntimeError, ValueError):
-        raise JobError(f"{name!r:.200} is no path") from None
+        raise JobError(f"{name!r:.200} is not a path") from None
 
 
 def module(code: Code) -> ModuleType:
@@ -103,9 +103,9 @@ def _name(code: Code) -> str:
 def _hint(message: str, path: Path) -> str:
     """Explain, for the message about a failed import, that a file next to this one is not sent to the workers; else ''."""
     beside = {other.stem for other in path.parent.glob("*.py")} if path.parent.is_dir() else set()
-    # Compared with the message, because the error itself was raised inside the user's file.
+    # The message is compared, because the error itself was raised inside the user's file.
     missing = [name for name in beside if f"ModuleNotFoundError: No module named {name!r}" in message]
-    return f"; {missing[0]}.py lies beside it, but this file alone goes to the workers: make both one" if missing else ""
+    return f"; {missing[0]}.py is beside it, but only this file is sent to the workers: merge the two files" if missing else ""
 
 
 class _Portable(Generic[_P, _T]):
@@ -127,7 +127,7 @@ def portable(function: Callable[_P, _T]) -> Callable[_P, _T]:
     Raises:
         JobError: the function comes from a user's file but is not defined at its top level, so no other process can find it.
     """
-    # Of a partial or a bound method, the function inside says which file it is from.
+    # For a partial or a bound method, the function inside shows which file it is from.
     inner = function.func if isinstance(function, partial) else getattr(function, "__func__", function)
     where = getattr(inner, "__module__", None)
     code = next((code for code in _codes.values() if _name(code) == where), None)
@@ -143,7 +143,7 @@ def portable(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 def codes_in(tree: object) -> tuple[Code, ...]:
     """Return the code that a job or a stage's parameters name, by path or reference, so that a worker can `receive` it."""
-    # Every text of the tree is looked up: methods and tasks may have fields of any name that hold a file.
+    # Every text of the tree is looked up, because methods and tasks may have fields of any name that hold a file.
     codes = (_codes.get(text) or _codes.get(_path_in(text)) for text in _texts(tree))
     return tuple(dict.fromkeys(code for code in codes if code is not None))
 
@@ -176,11 +176,11 @@ def receive(codes: Iterable[Code]) -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Keep using the files as they were read until the block ends, even if they are edited meanwhile.
+    """Use the files as they were read until the block ends, even if they are edited meanwhile.
 
     A sweep runs for hours: all of its trials have to use the same code.
     """
-    # Restored afterwards, because the process may run other jobs later.
+    # The previous state is restored afterwards, because the process may run other jobs later.
     before = dict(_received)
     _received.update({code.path: code for name, code in _codes.items() if name == code.path})
     try:

@@ -1,4 +1,4 @@
-"""What stands before each prompt of a model: a system text, worked examples, and a prefix of plain texts."""
+"""The text before each prompt of a model: a system text, worked examples, and a prefix of plain texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Example(Frozen):
 
 
 class Preamble(Frozen):
-    """What stands before each prompt; nothing by default."""
+    """The text before each prompt; empty by default."""
 
     system: str = Field(default="", exclude_if=lambda text: not text)
     """System text of chats, before the system text that a prompt has itself."""

@@ -15,7 +15,7 @@ Span = tuple[int | None, int | None]
 
 
 def _joined(modules: object) -> object:
-    """Turn a list of expressions into one that matches what any of them does; `:k` after all of them stays at the end.
+    """Turn a list of expressions into one that matches what any of them matches; `:k` after all of them stays at the end.
 
     Raises:
         ValueError: the list is empty, or its expressions take different elements of tuples.
@@ -41,7 +41,7 @@ class Selection(Frozen):
     """Regular expression that matches whole module paths, or a list of them; `:k` after it takes element k of a module's tuple
     output."""
     exclude_modules: str | None = None
-    """Regular expression of modules that are left out; null leaves out none."""
+    """Regular expression of modules that are excluded; null excludes no module."""
     side: Literal["output", "input"] = "output"
     """Tensor that is read or changed: the module's output, or its first argument."""
     phases: tuple[Phase, ...] = ("prompt", "generation")
@@ -49,19 +49,19 @@ class Selection(Frozen):
     roles: tuple[Role, ...] | None = None
     """Roles whose tokens are selected; null selects every role."""
     exclude_roles: tuple[Role, ...] = ()
-    """Roles whose tokens are left out."""
+    """Roles whose tokens are excluded."""
     positions: tuple[Span, ...] | None = None
     """Spans [start, end) of positions, a null end is open: [[-1, null]] is the last token of the prompt. Null selects all."""
     exclude_positions: tuple[Span, ...] = ()
-    """Spans of positions that are left out: [[0, 1]] leaves out the first token."""
+    """Spans of positions that are excluded: [[0, 1]] excludes the first token."""
     token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, exclude_if=lambda ids: ids is None)
     """Ids of the vocabulary whose tokens are selected, such as those of the letters of choices; null selects every id."""
     exclude_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), exclude_if=lambda ids: not ids)
-    """Ids of the vocabulary whose tokens are left out, such as those of marks of a chat template."""
+    """Ids of the vocabulary whose tokens are excluded, such as those of marks of a chat template."""
 
     @property
     def takes_all_tokens(self) -> bool:
-        """Whether every token is selected, which spares a mask."""
+        """Whether every token is selected, so that no mask is needed."""
         every = {"prompt", "generation"} <= set(self.phases) and self.roles is None and self.positions is None
         return every and not self.exclude_roles and not self.exclude_positions and not self.asks_ids
 
@@ -75,13 +75,13 @@ class Selection(Frozen):
         if not self.phases:
             raise ValueError("phases is empty, so no token is selected")
         if not set(self.roles or get_args(Role)) - set(self.exclude_roles):
-            raise ValueError("exclude_roles takes every selected role out again, so no token is selected")
+            raise ValueError("exclude_roles excludes every selected role, so no token is selected")
         for span in (*(self.positions or ((None, None),)), *self.exclude_positions):
             start, end = span
             if start is not None and end is not None and (start < 0) == (end < 0) and start >= end:
                 raise ValueError(f"the span [{start}, {end}) of positions is empty")
         if self.token_ids is not None and not set(self.token_ids) - set(self.exclude_token_ids):
-            raise ValueError("token_ids and exclude_token_ids leave no id, so no token is selected")
+            raise ValueError("exclude_token_ids excludes every id in token_ids, so no token is selected")
         if self.positions == () or any(span in self.exclude_positions for span in self.positions or ()):
             raise ValueError("the positions select no token")
         return self

@@ -11,7 +11,7 @@ from steerlab.job.typed import Frozen, Seed
 
 
 class ScaleConfig(Frozen):
-    """How a job is distributed and recovers from failures. Recorded with every run, never part of an artifact's key."""
+    """Distribution of a job and its recovery from failures. Recorded with every run, never part of an artifact's key."""
 
     workers: int | tuple[int, int] = 1
     """Number of Ray Train workers; a pair [min, max] makes the training elastic."""
@@ -23,7 +23,7 @@ class ScaleConfig(Frozen):
     """auto uses GPUs if the cluster has enough of them and torch can use them, require fails if not, never uses none."""
     gpus_per_worker: float = Field(1, gt=0, le=1)
     """GPUs of each worker: 1, or a part of one for small trials, which then share it; an evaluator takes as much. Memory is not
-    divided: what shares a GPU must fit on it together."""
+    divided: all processes on one GPU must fit on it together."""
     cpus_per_worker: float = Field(1, gt=0)
     """CPUs reserved for each worker; also its number of threads."""
     gradient_checkpointing: bool = False
@@ -50,9 +50,11 @@ class ScaleConfig(Frozen):
         if low != high and self.zero_stage:
             raise ValueError("elastic workers need zero_stage 0: ZeRO 1-3 shards cannot be loaded on another number of workers")
         if high > 1 and self.gpus_per_worker < 1:
-            raise ValueError(f"gpus_per_worker {self.gpus_per_worker:g} is for one worker: NCCL refuses two on one GPU")
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g} is possible with one worker only: NCCL refuses two on one GPU"
+            )
         if self.warm and high > 1:
-            raise ValueError(f"warm is about trainings of one worker; workers is {self.workers}")
+            raise ValueError(f"warm applies to trainings of one worker; workers is {self.workers}")
         if self.offload and self.zero_stage == 0:
             raise ValueError("offload needs zero_stage 1, 2 or 3")
         return self
@@ -131,14 +133,14 @@ class TaskConfig(Frozen):
             return tree
         if tree.get("seed", seeds[0]) != seeds[0]:
             raise ValueError(
-                f"seed {tree['seed']!r:.40}: the task is run with `seeds`, whose first is {seeds[0]!r:.40}; leave it out"
+                f"seed {tree['seed']!r:.40}: the task is run with `seeds`, whose first is {seeds[0]!r:.40}; remove it"
             )
         return {**tree, "seed": seeds[0]}
 
     @model_validator(mode="after")
     def _check_seeds(self) -> TaskConfig:
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)}: a seed that stands twice gives the same numbers twice")
+            raise ValueError(f"seeds {list(self.seeds)}: a repeated seed gives the same numbers again")
         return self
 
     @property
@@ -160,11 +162,12 @@ def with_headline(headline: float, declared: Sequence[float]) -> tuple[float, ..
 
 
 def headline_first(strengths: Sequence[float]) -> list[float]:
-    """Return the distinct strengths with the headline first: the first one, but 0 (the unpatched model) only if it is alone.
+    """Return the distinct strengths with the headline first: the first one, but 0 (the unpatched model) only if there is no
+    other.
 
     If the first strength is 0, the headline is 1 if it is among them, otherwise the first strength that is not 0.
     """
-    # A dict rather than a set keeps the order in which they were written.
+    # A dict, unlike a set, has the order in which they were written.
     different = list(dict.fromkeys(strengths))
     steering = [strength for strength in different if strength != UNPATCHED]
     headline = different[0]
@@ -190,16 +193,16 @@ class Limit(Frozen):
         return self
 
     def highest(self, start: float) -> float:
-        """Return what the metric may be at most when it is `start` at strength 0."""
+        """Return the largest allowed value of the metric if it is `start` at strength 0."""
         if self.rise is not None:
             return start + self.rise
         factor = self.factor or 1.0
-        # A metric below 0 may rise by the same share of its size; times a factor above 1 it would have to fall.
+        # A metric below 0 may rise by the same share of its size; multiplied by a factor above 1 it would have to fall.
         return start * factor if start >= 0 else start - start * (factor - 1)
 
 
 class ChooseConfig(Frozen):
-    """How the strength is chosen on development rows. `evaluate` then reports the chosen strength, and 0, on its own rows."""
+    """Choice of the strength on development rows. `evaluate` then reports the chosen strength, and 0, on its own rows."""
 
     strengths: tuple[float, ...] = Field((0.25, 0.5, 0.75, 1.0), min_length=1)
     """Candidate strengths; 0 is always a candidate too."""
@@ -210,7 +213,7 @@ class ChooseConfig(Frozen):
     mode: Literal["min", "max"] = "min"
     """Whether the metric is minimised or maximised."""
     within: Limit | None = None
-    """Bound that excludes strengths; null excludes none."""
+    """Bound that excludes strengths; null excludes no strength."""
 
     @model_validator(mode="after")
     def _check(self) -> ChooseConfig:

@@ -21,14 +21,14 @@ _NAMING = "naming"
 
 
 def _absolute(source: str) -> str:
-    # Parsed here, so that a malformed source is reported with its key when the job is read.
+    # The source is parsed here, so that a malformed one is reported with its key when the job is read.
     parsed = grammar.parse(source)
     if parsed.kind != "path":
         return source
     try:
         return str(Path(parsed.name).expanduser().absolute())
     except RuntimeError:  # ~somebody
-        raise ValueError(f"there is no home folder for {source!r}") from None
+        raise ValueError(f"{source!r} has no home folder") from None
 
 
 def is_described(info: SerializationInfo) -> bool:
@@ -70,7 +70,7 @@ def described(config: Frozen, naming: Callable[[str], object], **options: Any) -
     Fields are recognised by their type `Source` or `Template`, not by their names. `options` go to pydantic's `model_dump`.
     """
     sources: dict[str, None] = {}
-    # The first dump only collects sources: pydantic 2 turns an error of `naming` (a missing file) into a mere warning.
+    # The first dump only collects sources, because pydantic 2 turns an error of `naming` (a missing file) into a mere warning.
     config.model_dump(mode="json", context={_NAMING: lambda source: sources.setdefault(source)}, **options)
     names = {source: naming(source) for source in sources}
     return config.model_dump(mode="json", context={_NAMING: names.__getitem__}, **options)

@@ -52,7 +52,7 @@ class Table(Generic[E]):
         self._kind, self.tag = Kind(kind, tag, with_config), tag
         self.what = self._kind.word
         self.entries = own
-        # By SHA-256, so that two paths to one file give one entry.
+        # The keys are SHA-256 sums, so that two paths to one file give one entry.
         self._files: dict[str, E] = {}
         self._packages: dict[str, E | None] = {}
         self._by_config: dict[type[Frozen], Foreign[E]] = {}
@@ -66,7 +66,7 @@ class Table(Generic[E]):
             return self.of_file(config[FILE])
         entry = self._of_package(config[self.tag]) if PACKAGE in config else self.entries[config[self.tag]]
         if entry is None:
-            raise JobError(f"{config[PACKAGE]} brings the {self.what} {config[self.tag]}, and is not installed here")
+            raise JobError(f"{config[PACKAGE]} registers the {self.what} {config[self.tag]}, but is not installed here")
         return entry
 
     def config(self, described: Mapping[str, object]) -> Frozen:
@@ -92,13 +92,13 @@ class Table(Generic[E]):
             JobError: the file does not exist, fails, or defines no valid entry.
         """
         code = own_code.read(file)
-        # A file that was edited has another hash and is loaded again, in the same process.
+        # An edited file has another hash and is loaded again, in the same process.
         if code.sha256 not in self._files:
             self._files[code.sha256] = self._registered(foreign_code.of_file(self._kind, code, self.entries))
         return self._files[code.sha256]
 
     def field(self) -> Any:
-        """Return the type of a config field: the union of our own entries, which also reads configs of files and packages."""
+        """Return the type of a config field: the union of our own entries, which also accepts configs of files and packages."""
         return Annotated[Frozen, _OneOf(self)]
 
     def read(self, value: object, others: Callable[[object], object]) -> object:
@@ -113,12 +113,14 @@ class Table(Generic[E]):
                 file = str(name).removeprefix(_IN_THE_NAME)
                 if tree.setdefault(FILE, file) != file:
                     raise _refused(f"{self.tag} names the file {file}, and {FILE} another one, {tree[FILE]!r:.200}")
-            # The name is dropped: the config of the file brings its own.
+            # The name is dropped, because the config of the file has its own.
             return self._of_a_file(tree)
         if isinstance(name, str) and name not in self.entries:
-            # A common mistake: the path of a file without `file:`.
+            # The path of a file without `file:` is a common mistake.
             if name.endswith(".py"):
-                raise _refused(f"{self.tag}: {name!r:.200} is no name; for a file write {self.tag}: {_IN_THE_NAME}{name}"[:400])
+                raise _refused(
+                    f"{self.tag}: {name!r:.200} is not a name; for a file write {self.tag}: {_IN_THE_NAME}{name}"[:400]
+                )
             try:
                 entry = self._of_package(name)
             except JobError as error:
@@ -141,7 +143,7 @@ class Table(Generic[E]):
             raise _refused(str(error)) from None
         try:
             return kind.model_validate(tree)
-        # Explained here, because pydantic's union would mix these errors with those of our own entries.
+        # The error is explained here, because pydantic's union would mix these errors with those of our own entries.
         except ValidationError as error:
             raise _refused(explain(error, kind, file)) from None
 
@@ -176,7 +178,8 @@ class _OneOf(Choices):
         choices: dict[object, CoreSchema] = {
             name: core_schema.no_info_plain_validator_function(partial(self._validated, name)) for name in self._table.entries
         }
-        # By the type of the value: pydantic would serialize by the declared type, and drop the fields of a config.
+        # The serializer uses the type of the value: pydantic would serialize by the declared type, and drop the fields of a
+        # config.
         written = core_schema.wrap_serializer_function_ser_schema(_written, schema=core_schema.any_schema())
         union = core_schema.tagged_union_schema(choices, self._tag)
         return core_schema.no_info_wrap_validator_function(self._read, union, serialization=written)
@@ -194,7 +197,7 @@ class _OneOf(Choices):
         tagged: Any = Annotated[own, Field(discriminator=self._tag)]
         union = TypeAdapter(tagged).core_schema
         path = {"type": "string", "minLength": 1, "description": "A Python file of your own."}
-        # `task: file:my_task.py`: the path is part of the name.
+        # In `task: file:my_task.py` the path is part of the name.
         name = {"type": "string", "pattern": f"^{_IN_THE_NAME}"}
         return {
             "anyOf": [

@@ -12,9 +12,9 @@ from steerlab.job.typed import Frozen, Seed
 
 
 class TrainConfig(Frozen):
-    """What the training stage computes. `scale` says on how many workers; it is not part of an artifact's key."""
+    """Settings of the training stage. The number of workers is in `scale`, which is not part of an artifact's key."""
 
-    # Fields that later versions added are left out of the key where they have their default: older artifacts keep their keys.
+    # Fields of later versions are excluded from the key at their default, so that the keys of older artifacts do not change.
     steps: int | None = Field(None, ge=1, exclude_if=lambda steps: steps is None)
     """Optimizer steps; give either this or `epochs`."""
     epochs: float | None = Field(None, gt=0, exclude_if=lambda epochs: epochs is None)
@@ -48,21 +48,22 @@ class TrainConfig(Frozen):
     eval_every: int = Field(0, ge=0)
     """Steps between evaluation losses on `data.validation`; 0 evaluates only at the end."""
     patience: int | None = Field(None, ge=1, exclude_if=lambda patience: patience is None)
-    """Stop early, after so many evaluations in a row without a new lowest evaluation loss; null trains all steps."""
+    """Stop early, after this number of evaluations in a row without a new lowest evaluation loss; null trains all steps."""
     keep: Literal["last", "best"] = "last"
     """Weights that become the artifact: those of the last step, or of the step with the lowest evaluation loss."""
     snapshots: tuple[int, ...] = ()
     """Steps after which the patch is stored as well, so that a sweep over the job's `snapshot` needs one training."""
     skip_steps: int = Field(0, ge=0, exclude_if=lambda steps: not steps)
-    """Bad steps at most that are left out: their gradients are dropped, and weights and optimizer stay as they are. A step is
-    bad if its loss or a gradient is NaN or infinite, or its loss a spike. 0 stops at the first one."""
+    """Maximum number of bad steps that are skipped: their gradients are dropped, and weights and optimizer do not change. A
+    step is bad if its loss or a gradient is NaN or infinite, or its loss a spike. 0 stops at the first one."""
     spike: float | None = Field(None, gt=1, exclude_if=lambda spike: spike is None)
-    """A loss above so many times the median of the 20 steps before is a spike; null looks for NaN and infinity only."""
+    """A loss above this multiple of the median of the 20 steps before is a spike; null detects only NaN and infinity."""
     seed: Seed = 0
     """Seed of initialisation, row order and dropout."""
     deterministic: bool = Field(False, exclude_if=lambda deterministic: not deterministic)
-    """Compute by torch's deterministic operations alone, so that two runs on one kind of GPU end with the same bits; an
-    operation that has none is refused by its name. Slower. On the CPU in float32 all trainings are so without it."""
+    """Use only torch's deterministic operations, so that two runs on one kind of GPU end with the same bits; an
+    operation without a deterministic form is refused by its name. Slower. On the CPU in float32 trainings are deterministic
+    without it."""
     tf32: bool = Field(False, exclude_if=lambda tf32: not tf32)
     """Multiply matrices of float32 on a GPU with the 10 bits of TF32, several times as fast; has no effect on bfloat16 and on
     the CPU."""
@@ -74,7 +75,7 @@ class TrainConfig(Frozen):
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps, at most, of a config that names them or was `resolved`."""
+        """Maximum number of optimizer steps, of a config that names them or was `resolved`."""
         assert self.steps is not None, "the steps of a training in epochs are known once its rows are counted: `resolved`"
         return self.steps
 
@@ -84,7 +85,7 @@ class TrainConfig(Frozen):
         Raises:
             ValueError: a snapshot or the end of the warm-up comes after the last step.
         """
-        # Rounded first: 0.1 x 30 / 3 is 1.0000000000000002 in floating point, which is one step and not two.
+        # The quotient is rounded first: 1.1 x 50 is 55.00000000000001 in floating point, and its ceiling would be 56.
         steps = self.steps or math.ceil(round((self.epochs or 0.0) * num_rows / self.rows_per_step, 9)) or 1
         self._check_steps(steps)
         warmup = math.ceil(round(self.warmup_ratio * steps, 9)) or self.warmup_steps
@@ -96,19 +97,19 @@ class TrainConfig(Frozen):
             raise ValueError(
                 "steps: this key is required, or epochs"
                 if self.steps is None
-                else f"steps {self.steps} and epochs {self.epochs:g} both say how long the training is: set one of them to null"
+                else f"steps {self.steps} and epochs {self.epochs:g} both set the length of the training: set one to null"
             )
         if self.warmup_ratio and self.warmup_steps:
             raise ValueError(
-                f"warmup_ratio {self.warmup_ratio:g} and warmup_steps {self.warmup_steps} both say how long the warm-up is: "
-                "leave one out"
+                f"warmup_ratio {self.warmup_ratio:g} and warmup_steps {self.warmup_steps} both set the length of the warm-up: "
+                "remove one"
             )
         if self.steps is not None:
             self._check_steps(self.steps)
         return self._check_patience()
 
     def _check_steps(self, steps: int) -> None:
-        # Checked before training: a snapshot that is never taken would be noticed after hours.
+        # The steps are checked before training, because a snapshot that is never taken would be noticed only after hours.
         late = [step for step in self.snapshots if not 1 <= step <= steps]
         if late:
             raise ValueError(f"train.snapshots {late}: not between 1 and train.steps {steps}")
@@ -121,12 +122,12 @@ class TrainConfig(Frozen):
         if self.patience is not None and self.snapshots:
             raise ValueError(
                 f"patience {self.patience}: a training that stops early may never reach the snapshots {list(self.snapshots)}; "
-                "leave one of them out"
+                "remove one of them"
             )
         return self
 
 
 def stops(losses: Sequence[float], patience: int) -> bool:
     """Return whether a training stops early: its last `patience` evaluation losses are not below the lowest one before them."""
-    # The first of equal losses: one that is reached again is no progress.
+    # `index` finds the first of equal losses, because a loss that is only reached again is not progress.
     return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience

@@ -15,7 +15,7 @@ from steerlab.guards.json_values import Json, JsonObject
 
 
 class JobError(ValueError):
-    """A job, or a value in it, is wrong; the message says what, where, and what would be right."""
+    """A job, or a value in it, is wrong; the message names the fault, its place, and valid values."""
 
 
 def _strict(schema: object, whole: bool = True) -> Any:
@@ -38,7 +38,7 @@ def _strict(schema: object, whole: bool = True) -> Any:
 
 
 def _whole(value: object) -> object:
-    # YAML reads 1e3 as a float.
+    # YAML parses 1e3 as a float.
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -59,19 +59,20 @@ class Frozen(BaseModel):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: type[BaseModel], handler: GetCoreSchemaHandler) -> CoreSchema:
         """Make numbers and booleans strict."""
-        # Not by pydantic's `strict=True`: it would refuse the lists of YAML for fields that are declared as tuples.
+        # pydantic's `strict=True` is not used, because it would refuse the lists of YAML for fields that are declared as
+        # tuples.
         return _strict(handler(source))
 
 
 @dataclass(frozen=True)
 class Implied:
-    """Annotation of a section that may be null; null then stands for a value computed from other settings of its config.
+    """Annotation of a section that may be null; null then means a value computed from other settings of its config.
 
     `--set section.key=value` starts from the computed value and changes one key of it.
     """
 
     of: Callable[[Mapping[str, Json]], JsonObject]
-    """Config as a tree -> the section that null stands for."""
+    """Config as a tree -> the section that null means."""
 
 
 SEED_LIMIT = 2**32
@@ -88,7 +89,7 @@ def _radians(value: object) -> object:
         return value
     if not (match := re.search(_ANGLE, value)):
         raise PydanticCustomError("angle", "an angle is a number of radians or a multiple of pi such as pi/2 or 3*pi/4")
-    # Computed from the matched numbers, not by `eval`: a job must not run code.
+    # The value is computed from the matched numbers instead of by `eval`, because a job must not run code.
     sign, factor, denominator = match[1], match[3], match[6]
     return (-1.0 if sign else 1.0) * math.pi * float(factor or 1) / float(denominator or 1)
 

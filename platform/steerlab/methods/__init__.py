@@ -7,8 +7,8 @@ from steerlab.job import Entries, MethodConfig, Table
 from steerlab.methods.contract import Fitted, Method, Trained
 from steerlab.methods.edited import Edited
 
-# Name of the method -> its file, whose METHOD it is. A literal and no decorator: the table can be read here, and a method that
-# is not in it does not exist. The names of files instead of imports, since a job needs one of them.
+# Name of the method -> its file, whose METHOD it is. The table is a literal dict instead of a registry that decorators fill, so
+# that it can be read here. It holds the names of files instead of imports, because a job needs one method only.
 _OWN = {
     "none": "none",
     "vanilla": "vanilla",
@@ -46,7 +46,7 @@ TABLE: Table[Method] = Table(
     Method, "name", Entries(Method, __name__, _OWN), lambda method, config: replace(method, Config=config)
 )
 """The methods above, those of installed packages, and those of files that jobs name."""
-# Imported at its first use: the table itself loads no method and no torch.
+# The entries are imported at their first use, so that the table itself loads neither a method nor torch.
 METHODS = TABLE.entries
 """Methods by name."""
 
@@ -54,7 +54,7 @@ METHODS = TABLE.entries
 def trained(config: MethodConfig | Mapping[str, object]) -> Trained:
     """Return the trained method of a config, which may be the JSON in a stage's parameters."""
     method = TABLE.of(config)
-    # The stage that asks is planned for such methods only: another kind here is our own mistake.
+    # Stages that call this function are planned for trained methods only, so any other kind here is a bug of this package.
     assert isinstance(method, Trained), f"{config} trains nothing"
     return method
 
@@ -62,7 +62,7 @@ def trained(config: MethodConfig | Mapping[str, object]) -> Trained:
 def fitted(config: MethodConfig | Mapping[str, object]) -> Fitted:
     """Return the closed-form method of a config, which may be the JSON in a stage's parameters."""
     method = TABLE.of(config)
-    assert isinstance(method, Fitted), f"{config} is no closed form"
+    assert isinstance(method, Fitted), f"{config} is not a closed-form method"
     return method
 
 

@@ -11,12 +11,13 @@ softmax(s / temperature) over the k candidates. Here the scores are logits, and 
 0 is greedy. Log-probabilities and logits of one step differ by a constant, which neither the maximum nor the softmax sees.
 
 Nothing trains. The reward model is a sequence classifier with one output, of the same tokenizer; or a linear head on the frozen
-model's own last hidden states. It reads the text once and keeps its keys and values. The k candidates stand side by side at the
-next position, each seeing the text and itself (models/language/rewards.py): a token costs a pass over k + 1 tokens.
+model's own last hidden states. It reads the text once and keeps its keys and values. The k candidates are placed side by side
+at the next position, where each attends to the text and itself (models/language/rewards.py): a token costs a pass over k + 1
+tokens.
 
-The strength alpha multiplies w: 1 is the job's w, and 0 the model alone with all of its tokens. At every other strength only
-the k candidates can be chosen. All others get a log-probability of about -10,000, so that perplexity and implicit rewards say
-little about a search: compare it by what it writes (`win_rate`, `efficiency`).
+The strength alpha multiplies w: 1 is the job's w, and 0 is the model alone with all of its tokens. At every other strength only
+the k candidates can be chosen. All others get a log-probability of about -10,000, so that perplexity and implicit rewards are
+not meaningful: compare generated texts instead (`win_rate`, `efficiency`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from steerlab.methods.contract import Assembled
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
-# Patches of logits and weights do not: the states that a head reads are then those of a plain pass.
+# Patches of logits change no hidden state, and patches of weights act on the model's own weights, so that the states which a
+# head reads are right under both.
 _CHANGE_STATES = ("embedding", "activation")
 """Kinds of patches that change hidden states."""
 
@@ -52,13 +54,14 @@ class Config(MethodConfig):
     # The reward is added to a log-probability: w is in nats for each unit of reward.
     weight: float = 1.5
     """w, the factor of the reward. Paper: 1.5."""
-    # k tokens side by side in one call: the cost of a step grows with k.
+    # All k candidates go through the model in one call, so the cost of a step grows with k.
     candidates: int = Field(10, ge=1)
     """k, the number of likeliest tokens that are scored. Paper: 10."""
 
     @model_validator(mode="after")
     def _has_one_reward(self) -> Config:
-        # Without either, the catalogue and the editor still have a config to describe; `check` refuses a job without one.
+        # This check is not in `check`, because the catalogue and the editor describe a config without either key; `check`
+        # refuses a job without one.
         if self.reward is not None and self.head is not None:
             raise ValueError("give reward (a reward model) or head (a head on the model's own states), not both")
         return self
@@ -70,7 +73,7 @@ def assemble(config: Config, model: SteeredModel) -> patches.SavedPatch:
     Raises:
         ValueError: the reward model has another tokenizer, or the head another width; or a patch changes the model's states.
     """
-    # The reward model itself is no part of the patch: it is loaded from its source wherever the patch is attached.
+    # The reward model itself is not part of the patch: it is loaded from its source wherever the patch is attached.
     patch = patches.RewardPatch(config.reward, config.head, config.weight, config.candidates)
     if config.reward is not None:
         _check_tokenizer(config.reward, model)
@@ -78,19 +81,19 @@ def assemble(config: Config, model: SteeredModel) -> patches.SavedPatch:
     # The candidates are read without the hooks' arguments (roles, positions) of the running call.
     if any(below.kind in _CHANGE_STATES for below in model.patches):
         raise ValueError("method.head: a patch below steers the model's states, which a head would not see; use reward")
-    # Called for its checks alone: the head's width is compared here, before the job's evaluation starts.
+    # The call is made for its checks only: the head's width is compared here, before the job's evaluation starts.
     patch.rewards(model.model)
     return patch
 
 
 def _check_tokenizer(reward: str, model: SteeredModel) -> None:
     """Raise ValueError unless the reward model's tokenizer gives every token the id that the model's own gives it."""
-    # Token by token: two vocabularies of one size may number their tokens differently, and every reward would be that of other
-    # words.
+    # The vocabularies are compared token by token: two vocabularies of one size may number their tokens differently, and the
+    # reward model would then score other words.
     own = model.encoder.tokenizer.get_vocab()
     other = models.named.load_tokenizer(models.prepare(sources.fetch(reward))).get_vocab()
-    # The reward model reads the ids that the model wrote. Its own may have further tokens, such as one for padding.
-    # In one direction only: tokens that the model cannot write never reach the reward model.
+    # Only the model's tokens are looked up, because tokens that the model cannot write never reach the reward model. The reward
+    # model may have further tokens, such as one for padding.
     different = [token for token, number in own.items() if other.get(token) != number]
     if different:
         raise ValueError(
@@ -101,28 +104,28 @@ def _check_tokenizer(reward: str, model: SteeredModel) -> None:
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for a reward model that does not exist or does not go with the model, and for too many candidates."""
-    # Asked here and not of the config: the catalogue describes a config without either.
+    # These keys are required here and not in `Config`, because the catalogue describes a config without either.
     if config.reward is None and config.head is None:
         raise ValueError(
             "method.reward: this key is required by method args: the source of a reward model (or give method.head)"
         )
-    # `topk` raises in the first step of the first generation otherwise.
+    # `topk` would otherwise raise in the first step of the first generation.
     if config.candidates > facts.vocab_size:
         raise ValueError(f"method.candidates {config.candidates}: the model has {facts.vocab_size} tokens")
-    # Before the start and without weights: the source is fetched, and its config read.
+    # The source is fetched and its config read before the job starts; no weights are loaded.
     try:
         if config.reward is None:
             sources.fetch(config.head or "")
             return
-        # From the config of the reward model: one output, and how many tokens its embedding has.
+        # The config of the reward model shows that it has one output, and how many tokens its embedding has.
         num = models.check_reward_model(models.prepare(sources.fetch(config.reward)))
-    # The key of the job is named, since the message comes from the code that reads sources.
+    # The message names the key of the job, which the code that raised the error does not know.
     except ValueError as error:
         raise ValueError(f"method.{'head' if config.reward is None else 'reward'}: {error}") from None
-    # More are allowed: an embedding table is often padded to a multiple of 64 or 128.
+    # The reward model may have more tokens, because embedding tables are often padded to a multiple of 64 or 128.
     if num < facts.vocab_size:
         raise ValueError(f"method.reward: {config.reward} has {num} tokens, the model {facts.vocab_size}: another tokenizer")
 
 
-# Without a range: the strength multiplies w, and a negative one looks for the worst candidate.
+# No range of strengths is given: the strength multiplies w, and a negative strength prefers the worst candidate.
 METHOD = Assembled(Config, assemble, check=check)

@@ -14,7 +14,7 @@ Departures from the authors' code (egozverev/aside a2de054):
 - every token has the role of the text that it comes from. The released collator pads ids on the left and segments on the right,
   which shifts the boundary of each shorter row of a batch by its padding;
 - the whole prompt is tokenised at once and roles follow from character offsets. The released code tokenises two pieces, cut at
-  the first marker text, so that a second BOS stands at the boundary and text that imitates the marker moves the boundary;
+  the first marker text, so that a second BOS is inserted at the boundary and text that imitates the marker moves the boundary;
 - the rotation is two multiply-adds for each coordinate in float32, not a stored d x d matrix in bfloat16;
 - `learned` trains one angle for each pair of coordinates, which keeps it a rotation; the original trains the whole matrix;
 - `gradual` scales the angle by min(1, (step + 1) / steps of one epoch), and the checkpoint holds the full angle.
@@ -56,7 +56,8 @@ class Config(Adaptable):
     gradual: bool = False
     """Increase the angle linearly over the first epoch, or over the training if that is shorter; use `train.keep: last`,
     because an earlier checkpoint trained with a smaller angle than it is evaluated with."""
-    # P = d/2 angles. The authors' d x d matrix trains without a constraint, and stops being a rotation after the first step.
+    # One angle belongs to each pair of coordinates. The authors' d x d matrix trains without a constraint, and is not a
+    # rotation any more after the first step.
     learned: bool = False
     """Train one angle for each pair of coordinates, starting from angle_rad."""
     linear_shift: bool = False
@@ -67,10 +68,10 @@ class Aside(PatchedModel):
     """A causal language model whose input embeddings are rotated by role."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        # All weights train: the rotation says which tokens are data, and the model has to learn what that means.
+        # All weights train, because the model has to learn what the rotation of data tokens means.
         super().__init__(model, config.lora)
         self.gradual = config.gradual
-        # The rotation itself is the patch's (patches/embedding.py): the evaluation applies the very same code.
+        # The rotation is computed in the patch (patches/embedding.py), so that the evaluation applies the same code.
         self.patch = patches.EmbeddingPatch(
             # The width of the embeddings, which differs from the hidden size in models that project them.
             models.embedding_shape(model)[1],
@@ -81,7 +82,7 @@ class Aside(PatchedModel):
         )
         # S of e'' = e' + S[role], (R, D).
         if self.patch.shift_RD is not None:
-            # Here and not in the patch, which is also made to be filled from a file and should draw no random numbers then.
+            # The shift is initialised here, because a patch that is filled from a file must not draw random numbers.
             nn.init.normal_(self.patch.shift_RD, std=_SHIFT_STD)
         # `inputs.below` is empty: the model's own weights train only if it carries no patch.
         patches.attach(model, [self.patch])
@@ -95,17 +96,17 @@ class Aside(PatchedModel):
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """Set the share of the angle that a gradual rotation uses in this step."""
-        # step + 1: with `step` the first step would train without any rotation.
+        # The share is computed from step + 1, because step 0 would train without any rotation.
         if self.gradual:
-            # On every worker, from the number of the step alone: no rank broadcasts a matrix, and a resumed run has the same
-            # angle.
+            # Every worker computes the share from the number of the step, so that nothing is broadcast and a resumed run has
+            # the same angle.
             self.patch.progress = min(1.0, (step + 1) / steps_per_epoch)
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for a rotation on a model of odd hidden size, whose coordinates do not pair up."""
-    # An angle of 0 rotates nothing, so that vanilla settings and pure shifts work on any width.
-    # The released code fails on an odd width although its docstring allows for it.
+    # An angle of 0 rotates nothing, so that vanilla settings and pure shifts work for any width. The released code fails for an
+    # odd width although its docstring allows it.
     if facts.hidden_size % 2 and (config.angle_rad or config.learned):
         raise ValueError(
             f"method.angle_rad {config.angle_rad:.4f}: a rotation needs pairs of coordinates, "
@@ -113,5 +114,5 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         )
 
 
-# Without a range of strengths: the strength scales the angle, and every angle is a rotation.
+# No range of strengths is given: the strength scales the angle, and every angle is a rotation.
 METHOD = Trained(Config, Aside, check=check, example="jobs/tiny/aside.yaml")

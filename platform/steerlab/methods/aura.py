@@ -4,7 +4,7 @@ Suau et al., "Whispering Experts: Neural Interventions for Toxicity Mitigation i
 https://arxiv.org/abs/2407.12824 (section 3).
 
 A neuron whose activation separates the source (toxic) texts from the target texts is an expert. It is scaled down in proportion
-to how well it separates them; all other neurons stay as they are. The target texts only tell which neurons are experts:
+to how well it separates them; all other neurons stay as they are. The target texts only decide which neurons are experts:
 
     alpha = 1 - 2 (AUROC - 0.5) where AUROC > 0.5, else 1        z -> alpha z
 """
@@ -28,7 +28,7 @@ class Config(SteeringConfig):
 
     name: Literal["aura"] = "aura"
     """The method."""
-    # An expert fires on some token of a toxic text: its mean over the text would hide it.
+    # An expert fires on some token of a toxic text; a mean over the text would hide it.
     pooling: Pooling = "max"
     """Pooling of the activations. Paper: max."""
 
@@ -40,15 +40,16 @@ def auroc(source_ND: Tensor, target_MD: Tensor) -> Tensor:
         source_ND: values of the positive class, (N, D).
         target_MD: values of the negative class, (M, D).
     """
-    # The Mann-Whitney statistic: binary search in sorted targets takes (N + M) log M instead of N M comparisons.
-    # (D, M): `searchsorted` searches along the last axis, one neuron a row.
+    # This is the Mann-Whitney statistic. Binary search in the sorted targets takes (N + M) log M comparisons instead of N M.
+    # `searchsorted` searches along the last axis, so each neuron is one row, (D, M).
     target_DM = target_MD.T.contiguous().sort(dim=1).values
-    # Contiguous: `searchsorted` warns of a strided input and copies it anyway.
+    # The tensor is made contiguous, because `searchsorted` warns of a strided input and copies it anyway.
     source_DN = source_ND.T.contiguous()
-    # Number of targets below each source value, and of targets not above it; their mean counts ties as half.
+    # `below_DN` is the number of targets below each source value, `not_above_DN` that of targets not above it; their mean
+    # counts ties as half.
     below_DN, not_above_DN = (torch.searchsorted(target_DM, source_DN, right=right) for right in (False, True))
-    # Counts are whole numbers: the mean of their sum in float64 is exact, so that 0.5 is 0.5 and no neuron moves by rounding.
-    # 2 M N in the denominator: M comparisons for each of N source values, and two counts. (D,).
+    # Counts are whole numbers, so that the mean of their sum in float64 is exact and an AUROC of 0.5 changes no neuron by
+    # rounding. The denominator is 2 M N: M comparisons for each of N source values, and two counts. (D,).
     return (below_DN + not_above_DN).double().mean(1) / (2 * len(target_MD))
 
 
@@ -64,16 +65,15 @@ def aura_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     """
     # A NaN would count as the largest value of its neuron.
     check_samples(source_ND, target_MD)
-    # The clamp leaves neurons alone that are larger on wanted texts (AUROC below 0.5).
-    # Gini coefficient of the ROC curve: 0 for a neuron that tells nothing, 1 for a perfect expert. The scale is between 0 and
-    # 1.
+    # The clamp gives neurons that are larger on wanted texts (AUROC below 0.5) the scale 1. 2 (AUROC - 0.5) is the Gini
+    # coefficient of the ROC curve: 0 for a neuron that does not separate the texts, 1 for a perfect expert.
     scale_D = 1 - 2 * (auroc(source_ND, target_MD) - 0.5).clamp(min=0)
     # z -> alpha z: a neuron with AUROC 1 is set to zero.
     return AffineMap(scale_D.float(), torch.zeros_like(scale_D).float())
 
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
-    # One call: each neuron is treated by itself, so that places may be joined.
+    # The neurons of all places go through one call, since each neuron is treated by itself.
     return everywhere(aura_map, source, target)
 
 

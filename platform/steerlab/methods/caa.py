@@ -44,24 +44,23 @@ class Config(SteeringConfig):
 
 def places(at: str | int, names: list[str]) -> list[str]:
     """Return the names of the places that `at` selects. Raises ValueError for a number beyond the last place."""
-    # The paper steers one layer: vectors at all layers add up along the residual stream.
+    # The paper steers one layer; vectors at all layers add up along the residual stream.
     if at == "all":
         return names
     # Places are in the model's order, so that the middle place is in a middle layer.
     number = len(names) // 2 if isinstance(at, str) else at
-    # Refused only here and not with the job: how many places there are is known after the extraction.
+    # The number is checked here and not with the job, because the number of places is known only after the extraction.
     if not 0 <= number < len(names):
         raise ValueError(f"method.at {at}: {len(names)} places were extracted, numbered from 0")
-    # A list of one: the fit is the same for one place and for all.
+    # A list is returned for one place too, so that the fit is the same for one place and for all.
     return [names[number]]
 
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
-    # Places without a map get no hook and compute what they did.
-    # mean(target) - mean(source) with the scale 1. The paper's mean over pairs of differences is the same vector, as the mean
-    # is linear.
+    # Places without a map get no hook and compute what they did. The map adds mean(target) - mean(source) with scale 1. The
+    # paper's mean of the differences of pairs is the same vector, because the mean is linear.
     return {name: mean_map(source[name], target[name]) for name in places(config.at, list(source))}
 
 
-# Without a range of strengths: the paper multiplies the vector by negative numbers, too.
+# No range of strengths is given, because the paper multiplies the vector by negative numbers, too.
 METHOD = Fitted(Config, _fit)

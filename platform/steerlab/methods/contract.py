@@ -3,19 +3,19 @@
 A method is an instance of one of six classes. The stages see only the class, never the method:
 
 Plain      changes nothing: the model as it is
-Prompted   says what stands before each prompt; the model stays as it is
+Prompted   puts text before each prompt; the model stays as it is
 Assembled  makes a patch of what its config names, such as a reward model
 Trained    trains a `Trainee`, an `nn.Module` whose forward returns the paper's loss
 Fitted     computes one map for each place in closed form, from two samples of activations
 Edited     changes the weights that another job has trained, in closed form (edited.py)
 
-A trainee derives from one of three bases, which say what the training saves:
+A trainee derives from one of three bases, which determine what the training saves:
 
 WholeModel      the model's own weights
 PatchedModel    the model's own weights, and a patch that trained with them (ASIDE's rotation)
 PatchAlone      a patch only; the weights of the model that it started from stay as they are on disk
 
-The file is longer than others because the author of a method reads all of it.
+This file is longer than others, because the author of a method reads all of it.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ from steerlab.patches.maps import Map
 from steerlab.steered.language import SteeredModel
 
 if TYPE_CHECKING:
-    # For annotations only: transformers takes a second to import, and a job file is checked without it.
+    # transformers takes a second to import, and a job file is checked without it; the annotations need only its name.
     from transformers import PreTrainedModel
 
 
 class Loss(NamedTuple):
     """A loss as a sum over targets, so that a step is the same however its rows are split over passes and workers."""
 
-    # A sum and no mean: means of passes with different numbers of targets, averaged, are not the mean over all of them.
+    # The loss is a sum instead of a mean: averaging the means of passes with different numbers of targets would not give the
+    # mean over all targets.
     total: Tensor
     """Sum over the targets of the batch; the loop divides it by the number of targets of the whole step (`counts`)."""
-    # On the device: reading a number of a GPU waits for it, which the loop does once a step.
+    # The sums stay on the device, because reading a number from a GPU waits for it; the loop does so once a step.
     metrics: dict[str, Tensor]
     """Further sums over the targets, by name; the loop divides them by the same number and reports them."""
 
@@ -57,7 +58,7 @@ class Loss(NamedTuple):
 class Size(NamedTuple):
     """Memory of a training, for the estimate before it starts."""
 
-    # Beside the weights each of them has a gradient and, with Adam, two moments: the estimate multiplies this number.
+    # Each trained parameter also has a gradient and, with Adam, two moments: the estimate multiplies this number.
     trained: int
     """Number of parameters that train."""
     more_bytes: int = 0
@@ -71,7 +72,7 @@ class Inputs:
     below: tuple[patches.SavedPatch, ...] = ()
     """Patches that the model carries already, in order. The trainee attaches them together with its own patch, which comes
     last: `patches.attach(model, [*inputs.below, self.patch])`. Empty for a model without patches."""
-    # Opened and not read: a method reads the columns that it needs.
+    # The files are opened but not read: a method reads only the columns that it needs.
     activations: Mapping[str, Activations] = field(default_factory=dict)
     """Extracted activations by the role of their data set (`Trained.roles_read`)."""
     prepared: Mapping[str, Path] = field(default_factory=dict)
@@ -85,7 +86,7 @@ class Trainee(nn.Module):
     from this class.
     """
 
-    # On the class: a job's data are checked before a model is loaded.
+    # A class attribute, because a job's data are checked before a model is loaded.
     trains_on: ClassVar[str] = "train"
     """Role of the data set whose rows are trained on."""
     # (B, T, V) logits in float32 are often the largest tensor of a step.
@@ -107,11 +108,11 @@ class Trainee(nn.Module):
         """Return the paper's loss of one micro-batch, a `Batch` of tokens or `Drawings`."""
         raise NotImplementedError
 
-    # Hooks are empty here, not abstract: most methods need none of them.
+    # The hooks do nothing here instead of being abstract, because most methods need none of them.
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """Hook before step `step` (from 0), on every worker; `steps_per_epoch` is at most the number of all steps."""
 
-    # WaRP rotates the summed gradient of a step once: only the loop knows which pass is the last.
+    # WaRP rotates the summed gradient of a step once, and only the loop knows which pass is the last.
     def before_pass(self, is_last: bool) -> None:
         """Hook before each forward pass of a step; the step's gradients are complete after the last one."""
 
@@ -121,8 +122,8 @@ class Trainee(nn.Module):
 
     def finished(self, state: dict[str, Tensor]) -> patches.SavedPatch:
         """Return the patch to save, given a trained state dict of `self.patch`: a new patch of its kind with that state."""
-        # A new one: under ZeRO 3 the tensors of `self.patch` itself are shards, and snapshots are states of earlier steps.
-        # Made from its own `spec`, the way in which `patches.load` makes it: what is saved can be loaded.
+        # A new patch is made, because under ZeRO 3 the tensors of `self.patch` are shards, and snapshots are states of earlier
+        # steps. It is made from `spec`, as `patches.load` does, so that what is saved can be loaded.
         patch = patches.KINDS[self.patch.kind](**self.patch.spec())
         patch.load_state_dict(state)
         return patch
@@ -130,17 +131,17 @@ class Trainee(nn.Module):
     def model_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the model's weights to save, by name, given a trained state dict of this module; adapters are folded in."""
 
-        # The trainee's names: `model.` and `adapters.` are its submodules; `patch.` is saved by `finished`.
+        # `model.` and `adapters.` are the names of the trainee's submodules; `patch.` is saved by `finished`.
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
         return part("model.") if self.adapters is None else self.adapters.folded(part("model."), part("adapters."))
 
     @classmethod
-    # 1 for losses that are means within a row: a long pair then weighs as much as a short one.
+    # 1 suits losses that are means within a row: a long pair then weighs as much as a short one.
     def counts(cls, row: Row, loss_on: str) -> int:
         """Return what a row adds to the divisor of the loss: its target tokens; override it with 1 for pairs or images."""
-        # A class method: the divisor of a step is known from its rows, before any of them is encoded into a batch.
+        # A class method, because the divisor of a step is known from its rows, before any of them is encoded into a batch.
         return sum(row.targets(loss_on))
 
     @classmethod
@@ -153,12 +154,12 @@ class Trainee(nn.Module):
             config: the method's config.
             skeleton: the model's modules on the meta device, without weights.
         """
-        # None for the other trainings: the estimate then takes all of the model's parameters as trained.
+        # For other trainings the result is None, and the estimate takes all of the model's parameters as trained.
         return Size(lora.num_trained(skeleton, config.lora)) if lora.adapts(config) else None
 
-    # Called after the constructor of the method's class, which `super().__init__` cannot look into.
+    # The training calls this after the constructor of the method's class has run, which `super().__init__` cannot see.
     def check(self, below: Sequence[patches.SavedPatch] = ()) -> None:
-        """Refuse a trainee that contradicts its base class, or that left off patches of the model that it starts from.
+        """Refuse a trainee that contradicts its base class, or that did not attach patches of the model that it starts from.
 
         Args:
             below: `Inputs.below`, the patches that the model carries already.
@@ -167,13 +168,13 @@ class Trainee(nn.Module):
             ValueError: the message names the right base class, or the call that attaches the patches.
         """
         name = type(self).__name__
-        # Checked after the constructor has run: a trainee that forgets the patches below would train on another model,
-        # silently.
+        # A trainee that forgets the patches below would silently train on another model.
         stack = patches.attached_patches(self.model) or ()
-        # By identity: two patches of one kind may hold equal numbers.
+        # Patches are compared by identity, because two patches of one kind may hold equal numbers.
         missing = [patch for patch in below if not any(patch is other for other in stack)]
         if missing:
-            # Two causes, two remedies: with weights that train there is no way to keep a patch that was made for the old ones.
+            # The two causes have two remedies: where the weights train, a patch that was made for the old weights cannot be
+            # retained.
             remedy = (
                 "start from a model without patches, since its own weights train; `steerlab export` folds some kinds"
                 if self.leaves_model
@@ -199,12 +200,12 @@ class WholeModel(Trainee):
     With `adapted`, low-rank adapters train, and are folded into the weights that are saved.
     """
 
-    # As class variables: the table of methods says what a job leaves behind before anything trains.
+    # Class variables, because the table of methods reports what a job saves before anything trains.
     leaves_model, leaves_patch = True, False
 
     def __init__(self, model: PreTrainedModel, adapted: lora.Lora | None = None) -> None:
         super().__init__()
-        # The model first: a parameter of both is known by its name in the model.
+        # The model is registered first, so that a parameter of both is known by its name in the model.
         self.model = model
         self.adapters = train_weights(model, adapted)
         self.patch = None
@@ -216,7 +217,7 @@ class PatchedModel(Trainee):
     With `adapted`, low-rank adapters train together with the patch, and are folded into the weights that are saved.
     """
 
-    # A rotation of embeddings without the weights that learnt to read it would only disturb the base model.
+    # A rotation of embeddings without the weights that were trained with it would only disturb the base model.
     leaves_model, leaves_patch = True, True
 
     def __init__(self, model: PreTrainedModel, adapted: lora.Lora | None = None) -> None:
@@ -232,15 +233,16 @@ class PatchAlone(Trainee):
 
         patches.attach(model, [*inputs.below, self.patch])
 
-    The training refuses a trainee that leaves `inputs.below` off.
+    The training refuses a trainee that does not attach `inputs.below`.
     """
 
-    # A patch of a few megabytes, or of one matrix, is all that such a training adds to the store.
+    # Such a training adds only a patch of a few megabytes, or of one matrix, to the store.
     leaves_model, leaves_patch = False, True
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        # Frozen, not only left out of the optimizer: autograd would otherwise compute and store a gradient for every weight.
+        # The model is frozen and not only missing from the optimizer: autograd would otherwise compute and store a gradient for
+        # every weight.
         self.model = model.requires_grad_(False)
 
     def train(self, mode: bool = True) -> PatchAlone:
@@ -252,10 +254,10 @@ class PatchAlone(Trainee):
         return self
 
 
-# The sorted values of fewer samples say nothing of a distribution; a slope through two of them is exact and meaningless.
+# The sorted values of fewer samples do not describe a distribution, and a slope through two of them is exact but meaningless.
 MIN_SAMPLES = 4
 """Smallest sample that a map is fitted on (the authors' code of LinEAS: `force_small_batch`)."""
-# In this order: a fit takes (config, source, target).
+# The order is that of the arguments of a fit: (config, source, target).
 SAMPLES = ("source", "target")
 """Roles of the data sets whose activations a closed form is fitted on."""
 Samples = Mapping[str, Tensor]
@@ -269,10 +271,11 @@ class SteeringConfig(MethodConfig):
 
     pooling: Pooling = "mean"
     """Pooling of the activations."""
-    # Apart from what is read: CAA reads one token and steers many, LinEAS steers norms and may measure elsewhere.
+    # The steered places may differ from those that are read: CAA reads one token and steers many, LinEAS steers norms and may
+    # measure elsewhere.
     steer: Selection | None = None
     """Modules and tokens on which the maps act, among the places that were read; null: all of these places, every token."""
-    # Excluded at its default: keys of jobs that were written before this field stay as they are.
+    # The field is excluded at its default, so that the keys of jobs that were written before it existed do not change.
     inverse: bool = Field(False, exclude_if=lambda inverse: not inverse)
     """Apply the inverse maps, which induce what the fitted maps remove."""
     pixels: Pixels = Field("pixel", exclude_if=lambda pixels: pixels == "pixel")
@@ -282,7 +285,7 @@ class SteeringConfig(MethodConfig):
 class SequentialConfig(SteeringConfig):
     """Hyperparameters of a closed form that may be fitted one place after another."""
 
-    # Causal: a place is fitted on what it will see at inference, when all earlier maps act.
+    # The fit is causal: a place is fitted on what it will see at inference, when all earlier maps act.
     incremental: bool = True
     """Fit the maps one after another, each on activations with all earlier maps applied; false: fit all at once."""
     incremental_target: Literal["steered", "plain"] = Field("steered", exclude_if=lambda target: target == "steered")
@@ -298,17 +301,16 @@ class Method:
     Config: type[MethodConfig]
     """Hyperparameters; defaults are the paper's."""
     _: KW_ONLY
-    # Keyword-only from here on: subclasses add required fields after `Config`, which may not follow fields with defaults.
-    # From facts and not from a model: a job is checked on a machine that cannot hold its model.
+    # The check gets facts instead of a model, because a job is checked on a machine that may not hold its model.
     check: Callable[[Any, ModelFacts, Job], None] = lambda config, facts, job: None
     """(config, facts about the model, job): raises ValueError for settings that cannot work, before anything starts."""
-    # A warning and no error: strengths beyond the range are extrapolations that a user may want to look at.
+    # A strength beyond the range gives a warning instead of an error: it is an extrapolation that a user may want.
     strength_range: tuple[float, float] | None = None
     """Lowest and highest meaningful strength of the patch; others give a warning. None: any strength."""
     kinds: tuple[str, ...] = ("causal_lm",)
     """Kinds of model that the method works on."""
     example: str | None = None
-    """Job file of the repository that uses the method, for the catalogue. None if there is none of its own."""
+    """Job file of the repository that uses the method, for the catalogue. None if it has none."""
 
     leaves_model: ClassVar[bool] = False
     leaves_patch: ClassVar[bool] = False
@@ -323,7 +325,7 @@ class Method:
     shared_example: ClassVar[str | None] = None
     """Job file whose method may be any of this class, for methods without an `example`."""
 
-    # Roles and not data: the stages that extract are planned from the job.
+    # The result is roles instead of data sets, because the stages that extract are planned from the job.
     def reads(self, config: MethodConfig) -> tuple[str, ...]:
         """Return the roles of the data sets whose activations are extracted before the method runs."""
         return ()
@@ -341,10 +343,11 @@ class Method:
         """Whether `prepares` may declare stages: only then is the model's code loaded to plan a job."""
         return False
 
-    # Asked before the job is planned: what is walked is not extracted first.
+    # The planner asks this first, because the activations that such a fit reads are not extracted before it.
     def walks(self, config: MethodConfig) -> bool:
         """Return whether maps are fitted one after another, each on activations with all earlier maps applied."""
-        # By the class of the config and not by a name, so that a closed form in a user's own file gets the walk as well.
+        # The class of the config decides, not the method's name, so that a closed form in a user's own file is fitted in this
+        # way too.
         return isinstance(config, SequentialConfig) and config.incremental
 
     def reads_model(self, config: MethodConfig) -> bool:
@@ -370,12 +373,12 @@ class Method:
 
 @dataclass(frozen=True)
 class Plain(Method):
-    """A method that leaves the model as it is."""
+    """A method that does not change the model."""
 
 
 @dataclass(frozen=True)
 class Prompted(Method):
-    """A method that says what stands before each prompt; no weight and no activation changes."""
+    """A method that puts text before each prompt; weights and activations do not change."""
 
     preamble: Callable[[Any, Sequence[Mapping[str, object]]], Preamble]
     """(config, rows of `data.examples`) -> the preamble. There are no rows if the job has no such data set."""
@@ -386,9 +389,9 @@ class Prompted(Method):
 
 @dataclass(frozen=True)
 class Assembled(Method):
-    """A method whose patch is made of what its config names; nothing is trained and no activation is read."""
+    """A method whose patch is made of what its config names; nothing is trained, and activations are not read."""
 
-    # With the model in memory: whether a tokenizer or a width fits is known only there.
+    # The function gets a loaded model, because whether a tokenizer or a width fits is known only then.
     assemble: Callable[[Any, SteeredModel], patches.SavedPatch]
     """(config, the model that the patch is for) -> the patch. Raises ValueError if the two do not go together."""
 
@@ -403,17 +406,18 @@ class Trained(Method):
     module: type[Trainee]
     """The trainee, constructed as `module(model, config, inputs)`; it attaches its patch to the model."""
     _: KW_ONLY
-    # Extracted by a stage of their own, which other jobs on the same texts and model share.
+    # The extraction is a stage of its own, which other jobs with the same texts and model share.
     roles_read: tuple[str, ...] = ()
     """Roles of the data sets whose activations are extracted first. Needs a config derived from `SteeringConfig`."""
-    # A function of names and shapes: stages are planned, and their memory estimated, before any weight is loaded.
+    # The function reads names and shapes only: stages are planned, and their memory estimated, before any weight is loaded.
     preparations: Callable[[Any, PreTrainedModel, Prepare], tuple[str, ...]] | None = None
     """(config, the model's modules without weights, prepare) -> names of the preparations that the training reads. It declares
-    the stages before the training (preparations.py) and raises ValueError for one that cannot be made. None: there are none."""
+    the stages before the training (preparations.py) and raises ValueError for one that cannot be made. None: the method has
+    none."""
 
     def __post_init__(self) -> None:
-        # When the method is defined, not when it runs: the error names the class to change.
-        # Exactly these bases: what an artifact holds follows from them.
+        # This is checked when the method is defined, so that the error names the class to change. Only these bases are allowed,
+        # because what an artifact holds follows from them.
         if not issubclass(self.module, WholeModel | PatchedModel | PatchAlone):
             raise TypeError(f"{self.module.__name__}: derive it from WholeModel, PatchedModel or PatchAlone")
         if self.roles_read and not issubclass(self.Config, SteeringConfig):
@@ -422,7 +426,7 @@ class Trained(Method):
     @property
     def leaves_model(self) -> bool:  # type: ignore[override]
         """Whether the artifact holds the model's own weights."""
-        # Asked of the trainee's class, so that the table of methods and the training cannot say different things.
+        # The property reads the trainee's class, so that the table of methods and the training cannot disagree.
         return self.module.leaves_model
 
     @property
@@ -433,7 +437,7 @@ class Trained(Method):
     @property
     def needs_training(self) -> bool:  # type: ignore[override]
         """Whether a job needs a `train` section, unless the model that it starts from is trained already."""
-        # A whole model without training is the model itself; a patch without training does nothing, which nobody wants.
+        # A whole model without training is the model itself, which is a baseline. A patch without training would do nothing.
         return self.leaves_patch
 
     def reads(self, config: MethodConfig) -> tuple[str, ...]:
@@ -450,7 +454,7 @@ class Trained(Method):
         if self.preparations is None:
             return ()
         names = self.preparations(config, skeleton, prepare)
-        # After all declarations: a training may read any of them, in whatever order they were declared.
+        # The check follows all declarations, because a training may read any of them, in any order.
         prepare.check_read(names)
         return names
 
@@ -460,12 +464,12 @@ class Fitted(Method):
     """A method that computes its maps in closed form from source and target activations."""
 
     Config: type[SteeringConfig]
-    # By place, in the order in which the model runs them; a place without a map is left out.
+    # Places are in the order in which the model runs them; a place without a map is missing from the result.
     fit: Callable[[Any, Samples, Samples], Mapping[str, Map]]
     """(config, source, target) -> maps by place. It is called once with all places, or once for each (`walks`), and must give
     the same maps either way for the same samples."""
     _: KW_ONLY
-    # In a lambda, since `check_roles` is defined further below.
+    # A lambda, because `check_roles` is defined further below.
     check: Callable[[Any, ModelFacts, Job], None] = lambda config, facts, job: check_roles(config, facts, job)
     kinds: tuple[str, ...] = ANY_KIND
 
@@ -474,13 +478,14 @@ class Fitted(Method):
     shared_example: ClassVar[str | None] = "jobs/tiny/act.yaml"
 
     def __post_init__(self) -> None:
-        # `steer`, `inverse` and `pixels` are read of every closed form's config by the stage that makes the patch.
+        # The stage that makes the patch reads `steer`, `inverse` and `pixels` from the config of every closed form.
         if not issubclass(self.Config, SteeringConfig):
             raise TypeError(f"{self.Config.__name__} of a closed form: derive it from SteeringConfig")
 
     def reads(self, config: MethodConfig) -> tuple[str, ...]:
         """Return the roles of the samples that are extracted first: those that the fit does not read itself (`walked`)."""
-        # Both at once where maps are fitted at once; of a sequential fit only what is read from the plain model.
+        # Maps that are fitted all at once read both samples from extracted activations; a sequential fit reads there only what
+        # comes from the plain model.
         return tuple(role for role in SAMPLES if role not in self.walked(config))
 
     def walked(self, config: MethodConfig) -> tuple[str, ...]:
@@ -488,9 +493,9 @@ class Fitted(Method):
         # Each map changes what later places compute, so these activations do not exist before the fit.
         if not self.walks(config):
             return ()
-        # `walks` has looked at the class already; this tells the type checker.
+        # `walks` has checked the class already; the assertion is for the type checker.
         assert isinstance(config, SequentialConfig)
-        # The source is walked in either case, since its activations behind a fitted map exist only with that map.
+        # The source is walked in either case, since its activations after a fitted map exist only with that map.
         return SAMPLES if config.incremental_target == "steered" else ("source",)
 
 
@@ -501,10 +506,9 @@ def language_modelling_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         logits_BTV: logits of each token, (B, T, V).
         labels_BT: token ids, (B, T), `IGNORED` where a token is not a target; position t is predicted from t - 1.
     """
-    # In float32: in bfloat16 the log-sum-exp over a vocabulary keeps two or three digits.
-    # A sum: means of passes with different numbers of targets would weigh the tokens of short passes more. Logits of the last
-    # position predict nothing, and nothing predicts position 0.
-    # (B (T - 1), V) against (B (T - 1),).
+    # The loss is computed in float32, because a log-sum-exp over a vocabulary has only two or three digits in bfloat16. It is a
+    # sum, because means of passes with different numbers of targets would weigh the tokens of short passes more. Logits of the
+    # last position predict nothing, and nothing predicts position 0, so that (B (T - 1), V) meets (B (T - 1),).
     return nn.functional.cross_entropy(
         logits_BTV[:, :-1].float().flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )
@@ -517,17 +521,17 @@ def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Loss:
         logits_BTV: logits of each token, (B, T, V).
         labels_BT: token ids, (B, T), `IGNORED` where a token is not a target; position t is predicted from t - 1.
     """
-    # A prediction is never IGNORED, so positions that are no targets never count as right.
-    # (B, T - 1): logits of position t - 1 against the label of t. Without gradients, as an argmax has none.
+    # A prediction is never IGNORED, so positions that are not targets never count as right. Logits of position t - 1 are
+    # compared with the label of t, (B, T - 1), without gradients, as an argmax has none.
     is_right_BT = logits_BTV[:, :-1].detach().argmax(-1) == labels_BT[:, 1:]
     return Loss(language_modelling_loss(logits_BTV, labels_BT), {"token_accuracy": is_right_BT.float().sum()})
 
 
-# What the optimizer gets, what a checkpoint must hold, and what the artifact reports as trained: one answer for all three.
+# The optimizer, the checkpoint and the artifact's report of trained parameters all use this function.
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that receive gradients, by name."""
-    # In the order of registration, which the optimizer's state in a checkpoint relies on. Tied weights come once, under their
-    # first name.
+    # The order is that of registration, on which the optimizer's state in a checkpoint relies. Tied weights come once, under
+    # their first name.
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
@@ -549,24 +553,24 @@ def train_weights(model: PreTrainedModel, adapted: lora.Lora | None) -> lora.Ada
 
 def check_masters(job: Job) -> None:
     """Raise ValueError for training the model's own weights in bfloat16 without float32 copies in the optimizer."""
-    if lora.adapts(job.method):  # adapters are float32, whatever the weights are
+    if lora.adapts(job.method):  # adapters are always float32
         return
-    # bfloat16 has 8 bits of mantissa: an update smaller than 1/256 of a weight would be rounded away.
-    # DeepSpeed keeps the float32 copies with its shards, from ZeRO 1 on.
+    # bfloat16 has 8 bits of mantissa, so an update smaller than 1/256 of a weight would be rounded away. From ZeRO 1 on,
+    # DeepSpeed stores float32 copies with its shards.
     if job.model.dtype == "bfloat16" and job.scale.zero_stage == 0:
         raise ValueError("model.dtype bfloat16 trains with float32 master weights, which needs scale.zero_stage 1, 2 or 3")
 
 
 def check_roles(config: MethodConfig, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for a job without source and target texts, or with the same texts on both sides."""
-    # Checked before anything is extracted: the fit itself would fail only hours later.
+    # The job is checked before anything is extracted, because the fit itself would fail only hours later.
     missing = [role for role in ("source", "target") if role not in job.data.by_role]
     if missing:
         raise ValueError(
             f"data.{missing[0]}: method {config.name} needs this data set; it moves source texts towards target texts"
         )
     source, target = job.data.by_role["source"], job.data.by_role["target"]
-    # Equal samples give the identity as every method's map: the job was meant otherwise.
+    # Equal samples give the identity as every method's map, which cannot be what the job was meant to do.
     if source == target:
         raise ValueError("data.source and data.target are the same rows, so there is nothing to move")
     if source.format != target.format:
@@ -577,7 +581,7 @@ def check_roles(config: MethodConfig, facts: ModelFacts, job: Job) -> None:
     for role, data in (("source", source), ("target", target)):
         # A prompt of a diffusion model gives one sample for each seed.
         num_seeds = 1 if data.seeds is None else data.seeds[1] - data.seeds[0]
-        # Without a limit the number of rows is not known before they are read; `check_samples` looks at it then.
+        # Without a limit the number of rows is known only after they are read; `check_samples` checks it then.
         if data.limit is not None and data.limit * num_seeds < MIN_SAMPLES:
             drawings = "" if data.seeds is None else f" of {num_seeds} seeds each"
             raise ValueError(f"data.{role}.limit {data.limit}{drawings}: a distribution needs {MIN_SAMPLES} samples or more")
@@ -594,9 +598,9 @@ def check_samples(source_ND: Tensor, target_MD: Tensor) -> None:
             raise ValueError(f"the {side} has {len(x)} samples; a distribution needs {MIN_SAMPLES} or more")
         # One NaN would make the map of its neuron NaN, and with it every logit.
         if not bool(x.isfinite().all()):
-            # The first one: a place is named by the caller, and one position is enough to look at.
+            # The message names the first such value; the caller names the place.
             row, neuron = (int(i) for i in (~x.isfinite()).nonzero()[0])
             raise ValueError(f"the {side} activation of row {row}, neuron {neuron} is {float(x[row, neuron])}")
-    # Two places of different width, or two models: a map cannot have both.
+    # A map has one width, so samples of two widths come from two places or two models.
     if source_ND.shape[1] != target_MD.shape[1]:
         raise ValueError(f"source and target have {source_ND.shape[1]} and {target_MD.shape[1]} neurons")

@@ -37,44 +37,44 @@ class EditConfig(MethodConfig):
     one was trained by a job."""
 
 
-# The same orientation for every architecture, (M, N): formulas need not know that GPT-2 stores (N, M).
+# All architectures have the orientation (M, N) here: formulas need not know that GPT-2 stores (N, M).
 class Weight(NamedTuple):
     """One parameter in the three models, float32; (M, N) for a linear layer, however the model stores it."""
 
-    # As the model's parameters are called, whichever of the three models it is from; a model without this name is refused by
-    # the stage.
+    # The parameter has this name in all three models; the stage refuses a model without it.
     name: str
-    # Methods that weigh a change by a layer's inputs have none for embeddings, norms and biases.
+    # Embeddings, norms and biases have no place, so methods that weigh a change by a layer's inputs skip them.
     place: WeightPlace | None
     """The linear layer, if the method's `places` names it; None for all other parameters."""
     before: Tensor
     after: Tensor
     unaligned: Tensor | None
     """None if the method does not ask for this model."""
-    # A function: N x N float64 is read from disk for one layer at a time, and for methods that ask only.
+    # A function, because N x N float64 numbers are read from disk for one layer at a time, and only for methods that need them.
     second_moment: Callable[[], Tensor]
     """Returns the mean of x x^T over the inputs x of the linear layer in the model before, (N, N) float64, if the method has
     asked for these moments (`Prepare.moments`)."""
 
 
 class Edit(NamedTuple):
-    """A parameter as the method wants it."""
+    """The new value of a parameter."""
 
-    # The weight itself and not its difference: the platform subtracts once, in one place, what it saves as the patch.
+    # The method returns the weight instead of its difference: the platform subtracts in one place and saves the difference as
+    # the patch.
     weight: Tensor
     facts: Mapping[str, float] = {}
-    """Numbers about it, kept beside the patch."""
+    """Numbers about it, stored with the patch."""
 
 
 @dataclass(frozen=True)
 class Edited(Method):
     """A method that computes weights from those before and after the training of another job."""
 
-    # One weight at a time: three models of 7B parameters in float32 would take 84 GB.
+    # The function gets one weight at a time, because three models of 7B parameters in float32 would take 84 GB.
     edit: Callable[[Any, Weight], Edit | None]
-    """(config, weight) -> the weight that takes the place of `after`; None leaves it as it was trained."""
+    """(config, weight) -> the weight that replaces `after`; None retains the trained weight."""
     _: KW_ONLY
-    # With or without values: stages are planned on modules that have none.
+    # The model may be without values, because stages are planned on modules that have none.
     places: Callable[[Any, PreTrainedModel], list[WeightPlace]] = lambda config, model: []
     """(config, the model, with or without values) -> the linear layers that the method treats as such."""
     # A third model is loaded only for methods that read it.
@@ -84,14 +84,14 @@ class Edited(Method):
     """As `Trained.preparations`; they read the model before the training."""
 
     leaves_patch: ClassVar[bool] = True
-    # No `train` section: the training is that of the job which `model.source` names.
+    # Jobs have no `train` section: the training is that of the job which `model.source` names.
     closed_form: ClassVar[bool] = True
     changes_trained: ClassVar[bool] = True
     shared_example: ClassVar[str | None] = "jobs/tiny/realign.yaml"
 
     def __post_init__(self) -> None:
-        # When the method is defined: without the field a job could not name the model, and would fail after the trained job had
-        # run.
+        # This is checked when the method is defined: without the field a job could not name the model, and would fail only
+        # after the trained job had run.
         if self.needs_unaligned and not issubclass(self.Config, EditConfig):
             raise TypeError(f"{self.Config.__name__} of a method that reads the unaligned model: derive it from EditConfig")
 
@@ -108,8 +108,8 @@ class Edited(Method):
         """Declare the `preparations`, and return the names of those that `edit` reads."""
         if self.preparations is None:
             return ()
-        # Of the model before the training: X in the papers are the inputs of the aligned model.
+        # The preparations read the model before the training: X in the papers are the inputs of the aligned model.
         names = self.preparations(config, skeleton, prepare)
         prepare.check_read(names)
-        # Those that `edit` reads; further stages may be inputs of these alone.
+        # Only the preparations that `edit` reads are returned; further stages may be inputs of these.
         return names

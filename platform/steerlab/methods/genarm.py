@@ -45,12 +45,12 @@ class Config(MethodConfig):
 
     name: Literal["genarm"] = "genarm"
     """The method."""
-    # Only a scale of the margin in training; the strength 1 / beta_decode of the inference is chosen afterwards.
+    # beta only scales the margin in training; the strength 1 / beta_decode of the inference is chosen afterwards.
     beta: float = Field(0.1, ge=0)
     """Inverse scale of the reward difference: the loss saturates at differences of several 1 / beta nats."""
     length_average: bool = False
     """Use the mean log-likelihood over the tokens of a response instead of the sum."""
-    # A shallower reward model is the cheaper one at every token, which is what a second model costs.
+    # The second model runs at every token, so that a reward model with fewer layers makes inference cheaper.
     num_layers: int | None = Field(None, ge=1)
     """Number of the base's first decoder layers that the reward model keeps; null keeps all of them."""
     lora: Lora | None = None
@@ -63,22 +63,23 @@ class Genarm(PatchAlone):
     trains_on = "preference"
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        # The reward model starts from the plain weights: with patches of weights or embeddings the base is another model.
+        # The reward model starts from the plain weights, and with patches of weights or embeddings the base would be another
+        # model.
         if any(patch.kind in ("weight", "embedding") for patch in inputs.below):
             raise ValueError("model.source: the reward model begins as a plain model; `steerlab export` folds a weight patch")
-        # The embeddings, the head and the tokens are the base's: logits of both models are of the same vocabulary, index by
-        # index.
+        # Embeddings, head and tokens are those of the base, so that the logits of both models belong to the same vocabulary,
+        # index by index.
         second = copy.deepcopy(model) if config.num_layers is None else models.first_layers(model, config.num_layers)
         super().__init__(model)
         self.config = config
-        # A submodule: it moves to the device and changes its mode with the trainee, whose parameters it holds.
+        # A submodule, so that it moves to the device and changes its mode with the trainee, whose parameters it holds.
         self.second = second
         self.patch: nn.Module
         if config.lora is None:
             train_everything(second)
-            # `of` takes no copy: what trains is the very model that the patch runs.
+            # `of` does not copy: the model that trains is the one that the patch runs.
             self.patch = second_patch = patches.SecondModelPatch.of(second)
-            # After the patches below: log pi_r is added to the logits of the steered base.
+            # The patch is attached after the patches below, so that log pi_r is added to the logits of the steered base.
             patches.attach(model, [*inputs.below, second_patch])
         else:
             # The adapters are inside the reward model; they become a SecondModelPatch in `finished` only.
@@ -89,13 +90,14 @@ class Genarm(PatchAlone):
     def forward(self, batch: Batch) -> Loss:
         """Return the summed loss of the pairs; the base model does not run."""
         tokens = scoring.predicted(batch)  # N response tokens of P pairs
-        # The second model alone: no logits of the base are in the loss, and its pass would cost as much again.
-        # log pi_r(y_t | x, y_<t) of the response tokens, (N,).
+        # Only the second model runs: the loss has no logits of the base, whose pass would cost as much again. log pi_r(y_t | x,
+        # y_<t) of the response tokens, (N,).
         log_prob_N = scoring.log_probs(self.second, batch, tokens)
-        # r(x, y) is a sum of log pi_r: DPO's reward without a reference.
-        # beta and the length average are those of the training loss; decoding uses log pi_r itself, token by token.
+        # r(x, y) is a sum of log pi_r, which is DPO's reward without a reference. beta and the length average belong to the
+        # training loss; decoding uses log pi_r itself, token by token.
         pairs = pair_losses.compare(log_prob_N, None, tokens, self.config.beta, self.config.length_average)
-        # A Bradley-Terry model of the pair: sigmoid(r_w - r_l) is the probability that the chosen response is preferred.
+        # This is the Bradley-Terry model of a pair: sigmoid(r_w - r_l) is the probability that the chosen response is
+        # preferred.
         return Loss(pair_losses.loss(pairs.margin_P, self.config.beta).sum(), pairs.metrics())
 
     @classmethod
@@ -110,27 +112,28 @@ class Genarm(PatchAlone):
         layers = models.layer_names(skeleton)
         per_layer = sum(parameter.numel() for parameter in skeleton.get_submodule(layers[0]).parameters())
         num_layers = len(layers) if config.num_layers is None else config.num_layers
-        # Embeddings and head stay whole: only decoder layers are cut.
-        # Every decoder layer is taken to have as many weights as the first.
+        # Only decoder layers are removed; embeddings and head stay. Every decoder layer is taken to have as many weights as the
+        # first.
         num = total - (len(layers) - num_layers) * per_layer
-        # Without adapters all of the reward model trains, and nothing of it is only held.
+        # Without adapters all of the reward model trains, so that no frozen part takes memory.
         if config.lora is None:
             return Size(num)
-        # Adapters sit in every layer alike, so that their number falls in proportion.
-        # 4 bytes a weight: the frozen reward model is float32 at most.
+        # Every layer has equally many adapters, so that their number falls in proportion. The frozen reward model is float32 at
+        # most, 4 bytes a weight.
         return Size(num_trained(skeleton, config.lora) * num_layers // len(layers), 4 * num)
 
     def finished(self, state: dict[str, Tensor]) -> patches.SecondModelPatch:
         """Return the trained reward model as a patch, with its adapters folded into its weights."""
-        # Of the second model and not of the base: with `num_layers` it has fewer layers.
+        # The config is that of the second model, which has fewer layers than the base if `num_layers` is set.
         patch = patches.SecondModelPatch(dict(models.config_of(self.second)))
         # Adapters are folded in, so that inference runs a plain model without peft.
         if not isinstance(self.patch, Adapters):
-            # `state` comes from the engine: under ZeRO with bfloat16 it holds the float32 copies, which the model's own weights
+            # `state` comes from the engine. Under ZeRO with bfloat16 it holds the float32 copies, which the model's own weights
             # are not.
             patch.load_state_dict(state)
             return patch
-        # Loaded first and folded second: adapters are differences to the weights that they were trained on.
+        # The plain weights are loaded before the adapters are folded, because adapters are differences to the weights that they
+        # were trained on.
         patch.second.load_state_dict(self.patch.plain_state(self.second))
         self.patch.finished(state).fold(patch.second, 1.0)
         return patch
@@ -145,7 +148,7 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for settings from which the reward model cannot be made, or under which it cannot be trained."""
-    # As many layers as the model has are all of them, for which null is the one spelling and the one key.
+    # A number as large as the model's own would be a second way to write null, with a second key.
     if config.num_layers is not None and config.num_layers >= facts.num_layers:
         raise ValueError(f"method.num_layers {config.num_layers}: the model has {facts.num_layers}; null takes all of them")
     if config.lora is None:

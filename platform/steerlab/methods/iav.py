@@ -65,35 +65,39 @@ class Config(pair_losses.PairLossConfig):
 
     name: Literal["iav"] = "iav"
     """The method."""
-    # (V + D) rank numbers instead of V D: 0.6 million at rank 16 for V 32,000 and D 4,096, where a full matrix has 131 million.
+    # The factors have (V + D) rank numbers instead of V D: 0.6 million at rank 16 for V 32,000 and D 4,096, where a full matrix
+    # has 131 million.
     head: Literal["linear", "low_rank", "mlp"] = "linear"
     """linear: a full V x D matrix (seed); low_rank: V x rank times rank x D; mlp: one hidden layer of `rank`, not foldable."""
     rank: int = Field(64, ge=1)
     """Rank of low_rank, or hidden units of mlp; linear ignores it."""
-    # Only a function of what W takes folds into W: an earlier h passes through the layers between.
+    # Only a function of the input of W folds into W; an earlier h passes through further layers.
     layer: int | None = Field(None, ge=0)
     """Decoder layer, from 0, whose output the vector is computed from, not foldable; null: the input of the language modelling
     head (seed)."""
     beta: float = Field(0.1, ge=0)
     """Inverse scale of the margin: the loss saturates at margins of several 1 / beta nats. Seed: 0.1."""
-    # Without the term DPO alone limits how far pi_z moves, and only on the responses of the data.
+    # Without this term the DPO loss alone limits how far pi_z moves, and only on the responses of the data.
     lambda_kl: float = Field(0.1, ge=0)
-    """Weight of KL(policy || base) in nats per response token; 0 leaves the term out. Seed: 0.1."""
-    # |a|^2 and not |a|: its gradient vanishes at a = 0, where the training starts, and that of the norm has no value there.
+    """Weight of KL(policy || base) in nats per response token; 0 omits the term. Seed: 0.1."""
+    # The penalty is |a|^2 instead of |a|: its gradient is 0 at a = 0, where the training starts, while that of |a| does not
+    # exist there.
     lambda_l2: float = Field(0.01, ge=0)
-    """Weight of the vector's squared norm per response token; 0 leaves the term out. Seed: 0.01."""
+    """Weight of the vector's squared norm per response token; 0 omits the term. Seed: 0.01."""
     length_average: bool = False
     """Use means over a response's tokens instead of sums, as the seed does: long responses weigh no more than short ones."""
     reference_free: bool = Field(False, exclude_if=lambda free: not free)
-    """Leave log pi_Wh out of the margin, as the seed does; only the penalties then keep the policy near the base."""
-    # (N, D) in the model's dtype: 8 KB a token at D 4,096 in bfloat16, for every response token of the data.
+    """Omit log pi_Wh from the margin, as the seed does; only the penalties then keep the policy near the base."""
+    # The cache has (N, D) numbers in the model's dtype: 8 KB a token at D 4,096 in bfloat16, for every response token of the
+    # data.
     cache: bool = False
     """Compute the hidden states of all response tokens once and store them on disk in the model's dtype, where the training
     reads them. The loss of data.validation still runs the model."""
     batch_tokens: int = Field(4096, ge=1)
-    """Most tokens of one forward pass that fills the cache, padding included; of a pair the longer sequence counts."""
+    """Maximum number of tokens of one forward pass that fills the cache, padding included; of a pair the longer sequence
+    counts."""
     rows_per_shard: int = Field(256, ge=1)
-    """Pairs in one file of the cache; a killed run loses at most the file that it was writing."""
+    """Pairs in one file of the cache; a killed run loses only the file that it was writing."""
 
 
 class Iav(PatchAlone):
@@ -104,7 +108,7 @@ class Iav(PatchAlone):
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
-        # The reference would contain the other vector, and its head's output would no longer be W h.
+        # Otherwise the reference would contain the other vector, and the head's output would not be W h any more.
         if any(patch.kind == "logit" for patch in inputs.below):
             raise ValueError("model.source: the model carries a vector on its logits already; `steerlab export` folds it")
         self.config = config
@@ -114,13 +118,14 @@ class Iav(PatchAlone):
         # `up` is V x K and zero: a(h) = 0 for any h, and the first loss is log 2.
         self.patch = patches.LogitPatch(hidden_size, vocab_size, config.head, rank, config.layer, _STRENGTHS)
         patches.attach(model, [*inputs.below, self.patch])
-        # Reads above the patches below: h is what the head gets of the model that is steered.
+        # The reader sees the effect of the patches below: h is the input of the head in the steered model.
         self._read = scoring.StateReader(model, config.layer)
-        # After the patch is attached: only then the model takes roles and phases.
+        # The check needs the attached patch, because only then the model accepts roles and phases.
         self._check_head()
         self._cache = Parts.open(inputs.prepared["hidden"]) if "hidden" in inputs.prepared else None
         if self._cache is not None:
-            # The model's weights decide: states of another checkpoint have the same shapes, and would train without an error.
+            # States of another checkpoint have the same shapes and would train without an error, so the fingerprints of the
+            # weights are compared.
             check_cache(self._cache, model)
 
     def forward(self, batch: Batch) -> Loss:
@@ -134,19 +139,21 @@ class Iav(PatchAlone):
         features_NK = self.patch.features(scoring.wide(states.tapped_ND))
         # z = W h + a(h) with alpha = 1, as in training of the paper; the strength scales `up` at inference only.
         up_VK = self.patch.up.to(features_NK.dtype)
-        # In chunks over tokens: the logits of the base and of the vector, both (N, V), would be most of the memory.
+        # The loss is computed in chunks of tokens, because the logits of the base and of the vector, both (N, V), would take
+        # most of the memory.
         scores = scoring.scores(models.head(self.model), states.last_ND, features_NK, up_VK, tokens.target_N)
-        # log pi_z - log pi_Wh of the same pass: the frozen head is the reference (first term of L).
+        # log pi_z - log pi_Wh come from the same pass, because the frozen head is the reference (first term of L).
         reference_N = None if config.reference_free else scores.reference_N
-        # Token by token, then summed: (N,) to (P,).
+        # Differences are taken token by token and then summed, (N,) to (P,).
         pairs = pair_losses.compare(scores.log_prob_N, reference_N, tokens, config.beta, config.length_average)
         loss_P = pair_losses.total(pairs, pair_losses.loss(pairs.margin_P, config.beta, config), config)
-        # KL(pi_z || pi_Wh) and |a|^2 of each token are by-products of the chunked pass (`scoring.compared`): no second softmax.
+        # KL(pi_z || pi_Wh) and |a|^2 of each token are by-products of the chunked pass (`scoring.compared`), so that a second
+        # softmax is not needed.
         kl_P, square_P = (pair_losses.mean_of_pairs(x_N, tokens) for x_N in (scores.kl_N, scores.square_N))
-        # The penalties are means over both responses of a pair, so that all three terms are summed over pairs.
-        # All of eq. L in the module docstring; a zero weight leaves its term at 0 times a finite number.
+        # The penalties are means over both responses of a pair, so that all three terms of L in the module docstring are summed
+        # over pairs. A zero weight multiplies a finite number.
         total = (loss_P + config.lambda_kl * kl_P + config.lambda_l2 * square_P).sum()
-        # The terms by themselves, too: a falling total may hide a growing divergence.
+        # The terms are reported separately, because a falling total may hide a growing divergence.
         terms = {"preference": loss_P, "kl": kl_P, "square": square_P}
         return Loss(total, {name: value_P.detach().float().sum() for name, value_P in terms.items()} | pairs.metrics())
 
@@ -162,8 +169,8 @@ class Iav(PatchAlone):
         linear = config.head == "linear"
         # up is V x K; low_rank and mlp add down, K x D.
         trained = vocab_size * width if linear else config.rank * (vocab_size + width)
-        # About six float32 tensors of a chunk of logits: base, vector, sum, and their softmaxes and gradients.
-        # The model's own logits are in the chunks (`holds_logits`), so that no (B, T, V) tensor is counted.
+        # A chunk of logits needs about six float32 tensors: base, vector, sum, and their softmaxes and gradients. The model's
+        # own logits are in the chunks (`holds_logits`), so that a (B, T, V) tensor is not counted.
         return Size(trained, 6 * 4 * scoring.CHUNK_LOGITS)
 
     def _cached(self, batch: Batch, tokens: Predicted) -> States:
@@ -171,11 +178,11 @@ class Iav(PatchAlone):
         assert self._cache is not None
         numbers = batch.numbers[::2].tolist()  # a pair is two consecutive sequences with the same row number
         states = [
-            # In the order of the batch's pairs, chosen before rejected, which is that of `scoring.predicted`. (N, D).
+            # The order is that of `scoring.predicted`: the batch's pairs, chosen before rejected. (N, D).
             torch.cat(self._cache.tensors([f"{number}/{name}" for number in numbers])).to(batch.labels.device)
             for name in _names(self.config.layer)
         ]
-        # An assertion: `max_tokens` is part of the cache's key, so that only our own mistake could make them differ.
+        # An assertion suffices, because `max_tokens` is part of the cache's key: only a bug could make the lengths differ.
         assert len(states[0]) == len(tokens.target_N), "the cache was made of the same rows, cut at the same length"
         return States(states[0], states[-1])
 
@@ -191,11 +198,12 @@ class Iav(PatchAlone):
 
         # Registered after the patch's hook, which adds zeros before the training: both outputs are those with the patch.
         handle = models.head(self.model).register_forward_hook(keep)
-        # Roles and phases of a plain prompt: a patch below may ask for them.
+        # The roles and phases are those of a plain prompt, because a patch below may ask for them.
         zeros = torch.zeros_like(ids)
         logits_BTV = self.model(input_ids=ids, position_ids=ids, roles=zeros, phases=zeros, use_cache=False).logits
         handle.remove()
-        # Bit for bit: a model that returns its head's output returns the same tensor, and any cap or scale changes some bit.
+        # The comparison is exact: a model that returns its head's output returns the same tensor, and any cap or scale changes
+        # some bit.
         if not torch.equal(logits_BTV, outputs[0]):
             raise ValueError(
                 f"the logits of {type(self.model).__name__} are not the output of its head, which method iav needs"
@@ -228,7 +236,7 @@ class Hidden:
     def shapes(self, number: int, row: Row) -> dict[str, Shape]:
         """Return the names and shapes of the states of a pair."""
         dtype, width = self._shape
-        # Response tokens alone: states of prompts are not in the loss, and would be most of the file.
+        # Only states of response tokens are stored: states of prompts are not in the loss, and would be most of the file.
         return {f"{number}/{name}": Shape(dtype, (sum(row.targets("response")), width)) for name in self._names}
 
     def keep(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
@@ -239,13 +247,13 @@ class Hidden:
         number_N = batch.numbers[tokens.sequence_N]
         # The two sequences of a pair follow each other and have one number, so a run of equal numbers is one pair.
         numbers, sizes = (values.tolist() for values in number_N.unique_consecutive(return_counts=True))
-        # Not strict: without `layer` both entries of `states` are the same tensor, and one is stored.
+        # `strict` is off, because without `layer` both entries of `states` are the same tensor, of which one is stored.
         split = {name: state_ND.split(sizes) for name, state_ND in zip(self._names, states, strict=False)}
         for place, number in enumerate(numbers):
             for name in self._names:
-                # Found here, with its row, rather than as a NaN loss in the training.
+                # A bad value is reported here, with its row, instead of as a NaN loss in the training.
                 if not bool(split[name][place].isfinite().all()):
-                    raise ValueError(f"data.preference: a hidden state of row {number} is no number")
+                    raise ValueError(f"data.preference: a hidden state of row {number} is NaN or infinite")
                 yield f"{number}/{name}", split[name][place]
 
     def close(self) -> None:
@@ -256,7 +264,7 @@ class Hidden:
 def check_cache(cache: Parts, model: PreTrainedModel) -> None:
     """Raise ValueError if the cached hidden states were computed by another model."""
     fingerprints = {str(facts["fingerprint"]) for facts in cache.facts.values()}
-    # Every file by itself: a cache that was continued after a kill may come from several processes.
+    # Every file is checked, because a cache that was continued after a kill may come from several processes.
     if fingerprints != {models.fingerprint(model)}:
         raise ValueError("the hidden states were computed by another model than the one that the vector is trained for")
 
@@ -267,18 +275,19 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
     Raises:
         ValueError: the model has no such layer, or its logits are not what its head gives.
     """
-    # By the architecture, before hours of preparation; `_check_head` runs the loaded model, whatever its architecture says.
+    # The architecture is checked before hours of preparation; `_check_head` later runs the loaded model, whatever its
+    # architecture is.
     models.check_head(skeleton)
     num_layers = len(models.layer_names(skeleton))
-    # The number of layers is known from the skeleton, so that the job is refused before it computes anything.
+    # The skeleton has the number of layers, so that the job is refused before anything is computed.
     if config.layer is not None and config.layer >= num_layers:
         raise ValueError(f"layer {config.layer}: {type(skeleton).__name__} has the layers 0 to {num_layers - 1}")
     if not config.cache:
         return ()
-    # Only what the states depend on: a sweep over beta or lambda shares one cache.
+    # The parameters are only those on which the states depend, so that a sweep over beta or lambda shares one cache.
     params = _HiddenParams(layer=config.layer, batch_tokens=config.batch_tokens, rows_per_shard=config.rows_per_shard)
     width = models.linear_shape(models.head(skeleton))[1]
-    # Two tensors a token with `layer`: the tapped state, and the one that W maps to the reference.
+    # With `layer` two tensors are stored for each token: the tapped state, and the one that W maps to the reference.
     prepare.keep_of_rows("hidden", 2, "preference", params.model_dump(mode="json"), Hidden, width * len(_names(config.layer)))
     return ("hidden",)
 

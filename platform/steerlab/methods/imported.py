@@ -23,11 +23,11 @@ from steerlab.steered.language import SteeredModel
 
 
 class Config(MethodConfig):
-    """Which patch."""
+    """Source of the patch."""
 
     name: Literal["imported"] = "imported"
     """The method."""
-    # Null, so that the method has a config without a file, as all methods have one; `check` asks for it.
+    # Null, so that the method has a config without a file, as all methods have one; `check` refuses a job without a source.
     source: Source | None = None
     """Source of the patch, which is required: a file or folder, or hf:owner/name for one on the hub."""
 
@@ -35,7 +35,8 @@ class Config(MethodConfig):
 def assemble(config: Config, model: SteeredModel) -> patches.SavedPatch:
     """Return the patch of the file. Raises ValueError if it is damaged, or for another model."""
     assert config.source is not None, "`check` has refused a job without it"
-    # With the model: a control vector names layers by number, and an adapter weights by name, which only a model can resolve.
+    # The model is needed, because a control vector names layers by number and an adapter names weights, which only a model can
+    # resolve.
     return foreign.read(sources.fetch(config.source), model.model)
 
 
@@ -43,12 +44,12 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for a file that does not exist, is damaged, or is for a model of another width or depth."""
     if config.source is None:
         raise ValueError("method.source: this key is required by method imported: the source of a patch")
-    # Before the start: a file that does not fit would otherwise fail after the model was loaded.
+    # The file is checked before the start: one that does not fit would otherwise fail only after the model was loaded.
     try:
         foreign.check(sources.fetch(config.source), facts.hidden_size, facts.num_layers)
     except ValueError as error:
         raise ValueError(f"method.source: {error}") from None
 
 
-# Without a range: the file's author chose what strength 1 means.
+# No range of strengths is given, because the file's author chose what strength 1 means.
 METHOD = Assembled(Config, assemble, check=check)

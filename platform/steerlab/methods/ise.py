@@ -29,7 +29,8 @@ class Config(Adaptable):
 
     name: Literal["ise"] = "ise"
     """The method."""
-    # As ASIDE's code draws them, whose checkpoint lacks the vectors; at 0 the first step starts from the model itself.
+    # The default is that of ASIDE's code, which draws the vectors that its checkpoint lacks; at 0 the first step starts from
+    # the model itself.
     init_std: float = Field(0.02, ge=0)
     """Standard deviation of the initial segment vectors; 0 starts from the unchanged model."""
 
@@ -38,13 +39,15 @@ class Ise(PatchedModel):
     """A causal language model with segment vectors added to its embeddings."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        # All weights train with S: the vectors mean nothing to a model that has never seen them.
+        # All weights train with S, because the vectors mean nothing to a model that has never seen them.
         super().__init__(model, config.lora)
-        # ASIDE's patch without a rotation: both methods share data path and hooks, so that a comparison is of the mathematics.
+        # This is ASIDE's patch without a rotation: both methods share the data path and the hooks, so that only the mathematics
+        # differs.
         self.patch = patches.EmbeddingPatch(models.embedding_shape(model)[1], shift=True)
         # S of the module docstring, one row for each role.
         assert self.patch.shift_RD is not None
-        # Drawn here and not in the patch, which is also made to be filled from a file. (R, D): a row for each role.
+        # The shift is drawn here, because a patch that is filled from a file must not draw random numbers. It has a row for
+        # each role, (R, D).
         nn.init.normal_(self.patch.shift_RD, std=config.init_std)
         # `inputs.below` is empty: the model's own weights train only if it carries no patch.
         patches.attach(model, [self.patch])
@@ -56,5 +59,5 @@ class Ise(PatchedModel):
         return next_token_loss(logits_BTV, batch.labels)
 
 
-# Without a check: a shift pairs no coordinates, so that any hidden size will do.
+# The method has no check: a shift pairs no coordinates, so that any hidden size works.
 METHOD = Trained(Config, Ise, example="jobs/tiny/ise.yaml")

@@ -28,7 +28,7 @@ from steerlab.job import Pooling
 from steerlab.methods.contract import Fitted, SteeringConfig, check_samples
 from steerlab.patches.maps import AffineMap
 
-# Not more folds than MIN_SAMPLES: each fold needs a sample of each class.
+# There are at most MIN_SAMPLES folds, because each fold needs a sample of each class.
 _FOLDS = 4
 
 
@@ -42,7 +42,7 @@ class Config(SteeringConfig):
     # The paper's 15 belongs to single heads; over whole modules of every layer shifts of that length add up.
     alpha: float = Field(1.0, gt=0)
     """Length of the shift at strength 1, in standard deviations along the direction."""
-    # K of the paper counts heads; ITI-c of the AcT paper has no choice of places.
+    # K of the paper counts heads; ITI-c of the AcT paper does not choose places.
     top_k: int | None = Field(None, ge=1)
     """Number of places that are steered, those with the most accurate probes; null steers all of them (ITI-c)."""
     # C = 1 is scikit-learn's default. With more features than texts a probe without a penalty has no finite optimum.
@@ -64,7 +64,7 @@ def probe(source_ND: Tensor, target_MD: Tensor, ridge: float = 1.0) -> tuple[Ten
     Raises:
         ValueError: fewer than 4 samples on a side, different widths, or a NaN or infinite value.
     """
-    # Imported here: scikit-learn takes a second to import, and most methods never need it.
+    # scikit-learn takes a second to import, and most methods never need it.
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_score
     from sklearn.pipeline import make_pipeline
@@ -72,27 +72,28 @@ def probe(source_ND: Tensor, target_MD: Tensor, ridge: float = 1.0) -> tuple[Ten
 
     # A NaN would make the solver raise an error that does not name the place.
     check_samples(source_ND, target_MD)
-    # scikit-learn would compute in float32 if it got it, and neighbouring neurons are nearly collinear.
+    # The samples are converted to float64, because scikit-learn would otherwise compute in float32 and neighbouring neurons are
+    # nearly collinear.
     x_SD = torch.cat([source_ND, target_MD]).double().numpy()
     # The target is class 1, so that the coefficients point from source to target.
     y_S = np.repeat([0, 1], [len(source_ND), len(target_MD)])
-    # The scaler is inside of the pipeline, so that held-out texts do not leak into its means. The default of 100 iterations
-    # may end before the solver has converged on thousands of features.
+    # The scaler is inside the pipeline, so that held-out texts do not affect its means. The default of 100 iterations may end
+    # before the solver has converged on thousands of features.
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1 / ridge, max_iter=1000))
-    # A fixed shuffle: equal samples give equal accuracies, and with them the same places.
-    # Stratified: with 4 texts on a side an unlucky fold could hold one class alone, on which an accuracy means nothing.
+    # The shuffle is fixed, so that equal samples give equal accuracies and with them the same places. The folds are stratified,
+    # because with 4 texts on a side a fold could otherwise hold one class alone, for which an accuracy means nothing.
     folds = StratifiedKFold(min(_FOLDS, len(source_ND), len(target_MD)), shuffle=True, random_state=0)
     accuracy = float(cross_val_score(model, x_SD, y_S, cv=folds).mean())
-    # Fitted again on all texts: the folds are for the accuracy alone.
+    # The probe is fitted again on all texts; the folds only give the accuracy.
     scaler, logistic = (step for _, step in model.fit(x_SD, y_S).steps)
-    # The coefficients belong to standardised features (x - mean) / scale: in units of x they are divided by the scale.
+    # The coefficients belong to standardised features (x - mean) / scale; dividing them by the scale gives the normal in units
+    # of x.
     direction_D = torch.from_numpy(logistic.coef_[0] / scaler.scale_)
-    # Division by the scale turns a normal of standardised features into one of x; the intercept moves the plane and not the
-    # direction.
+    # The intercept moves the plane but not its direction, so it is not used.
     return direction_D / direction_D.norm(), accuracy
 
 
-# Only sigma and theta come from the data: where texts lie along theta does not matter to a shift.
+# Only sigma and theta come from the data; a shift does not depend on where texts lie along theta.
 def iti_map(source_ND: Tensor, target_MD: Tensor, direction_D: Tensor, alpha: float) -> AffineMap:
     """Return the shift by alpha standard deviations along a unit direction (section 4: alpha sigma theta).
 
@@ -102,19 +103,19 @@ def iti_map(source_ND: Tensor, target_MD: Tensor, direction_D: Tensor, alpha: fl
         direction_D: unit vector, (D,) float64.
         alpha: length of the shift, in standard deviations of the projections of both samples together.
     """
-    # Over both samples, so that the shift is in units of the spread of all texts; divided by their number (authors' code).
-    # sigma of section 4: with it alpha means the same at places of small and of large activations.
+    # sigma of section 4 is that of both samples together, divided by their number (authors' code), so that the shift is in
+    # units of the spread of all texts. With it alpha means the same at places of small and of large activations.
     sigma = (torch.cat([source_ND, target_MD]).double() @ direction_D).std(correction=0)
-    # (D,), the same for every token: with scale 1 it folds into a bias.
+    # The shift, (D,), is the same for every token: with scale 1 it folds into a bias.
     shift_D = alpha * sigma * direction_D
     return AffineMap(torch.ones_like(shift_D).float(), shift_D.float())
 
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
-    # Each place by itself: a probe on joined places would have one direction across layers, and one accuracy.
+    # Each place has its own probe: a probe on joined places would have one direction across layers, and one accuracy.
     probes = {name: probe(source[name], target[name], config.ridge) for name in source}
-    # The sort is stable: of equally accurate probes those of earlier places are taken.
-    # `[:None]` takes all of them (ITI-c).
+    # The sort is stable, so that of equally accurate probes those of earlier places are taken. `[:None]` takes all of them
+    # (ITI-c).
     best = sorted(probes, key=lambda name: -probes[name][1])[: config.top_k]
     return {name: iti_map(source[name], target[name], probes[name][0], config.alpha) for name in source if name in best}
 

@@ -41,13 +41,13 @@ class Config(SteeringConfig):
     """Pooling of the activations. Paper: that of the last token."""
     direction: Literal["mean", "probe"] = Field("mean", exclude_if=lambda direction: direction == "mean")
     """Direction of the shift. mean: the difference of the means (paper's best: mass mean shift); probe: that of the probe."""
-    # A setting: the input of a projection is a matrix without a mark where one head ends.
+    # The number of heads is a setting, because the input of a projection does not show where one head ends.
     heads: int = Field(1, ge=1)
     """Number of heads H at each place; 1 takes the whole place as one head."""
-    # Of all heads of all places, as in the paper, where some layers have many of them and most have none.
+    # The K heads are chosen over all places, as in the paper, where some layers have many of them and most have none.
     top_k: int = Field(48, ge=1)
     """Number of heads K, over all places, that are shifted. Paper: 48 of 1,024."""
-    # Of a shift in one head's own space, before W_O; the units are those of its projections on theta_h.
+    # The shift acts on one head's outputs before W_O; its unit is the standard deviation of the projections on theta_h.
     alpha: float = Field(15.0, gt=0)
     """Length of the shift at strength 1, in standard deviations along the direction. Paper: 15."""
     ridge: float = Field(1.0, gt=0)
@@ -57,30 +57,28 @@ class Config(SteeringConfig):
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
     shifts, accuracies = {}, {}
     for name in source:
-        # `chunk` would make heads of unequal size without a word.
+        # `chunk` would silently make heads of unequal size.
         if source[name].shape[1] % config.heads:
-            raise ValueError(
-                f"method.heads {config.heads}: {name} has {source[name].shape[1]} numbers, which are not so many heads"
-            )
-        # The input of an output projection is the heads' results one after another, so that a head is one stretch of it.
-        # (N, H d) to H pieces (N, d).
+            raise ValueError(f"method.heads {config.heads}: {name} has {source[name].shape[1]} numbers, not a multiple of it")
+        # The input of an output projection is the heads' results one after another, so each head is one contiguous part: (N, H
+        # d) is split into H parts (N, d).
         pairs = zip(source[name].chunk(config.heads, 1), target[name].chunk(config.heads, 1), strict=True)
         for head, (a_Nd, b_Md) in enumerate(pairs):
-            # The probe ranks the heads, whichever direction the shift follows.
-            # (N, d) against (M, d): a probe of one head sees d numbers and no others.
+            # The probe ranks the heads, whichever direction the shift follows. It sees the d numbers of one head only, (N, d)
+            # against (M, d).
             theta_d, accuracies[name, head] = iti.probe(a_Nd, b_Md, config.ridge)
             if config.direction == "mean":
                 theta_d = -direction(a_Nd, b_Md).double()  # `direction` points from target to source
-            # alpha sigma_h theta_h of every head; those that are not chosen are multiplied by 0 below.
-            # sigma_h over both samples, as in `iti`; (d,).
+            # The shift alpha sigma_h theta_h is computed for every head; those that are not chosen are multiplied by 0 below.
+            # sigma_h is over both samples, as in `iti`; (d,).
             shifts[name, head] = iti.iti_map(a_Nd, b_Md, theta_d, config.alpha).shift_D
-    # Over all places together: a place may have several of the K heads, or none.
-    # A stable sort: among equally accurate heads those of earlier places come first, so that the same data give the same heads.
+    # Heads are ranked over all places together, so a place may have several of the K heads, or none. The sort is stable: among
+    # equally accurate heads those of earlier places come first, so that the same data give the same heads.
     best = set(sorted(accuracies, key=lambda place: -accuracies[place])[: config.top_k])
     maps = {}
     for name in source:
         parts = [shifts[name, head] * ((name, head) in best) for head in range(config.heads)]
-        # One map for the whole place: heads that were not chosen get a shift of exactly 0.
+        # The whole place has one map, in which heads that were not chosen get a shift of exactly 0.
         shift_D = torch.cat(parts)
         if bool(shift_D.any()):  # a place without a chosen head gets no map, and so no hook
             maps[name] = AffineMap(torch.ones_like(shift_D), shift_D)

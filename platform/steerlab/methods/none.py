@@ -8,13 +8,13 @@ from steerlab.job import MethodConfig
 from steerlab.methods.contract import ANY_KIND, Plain
 
 
-# A job without a method has this one: what follows reads a method without asking whether there is one.
+# A job without a method gets this one, so that other code can read a job's method without a test for None.
 class Config(MethodConfig):
-    """The model as it is; there are no hyperparameters."""
+    """The unchanged model, without hyperparameters."""
 
     name: Literal["none"] = "none"
     """The method."""
 
 
-# All kinds of model: nothing here reads one.
+# The method works on all kinds of model, since it reads none.
 METHOD = Plain(Config, kinds=ANY_KIND, example="jobs/tiny/extract.yaml")

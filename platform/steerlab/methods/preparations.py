@@ -29,19 +29,19 @@ from steerlab.steered.language import SteeredModel
 from steerlab.storage.plan import Estimate
 from steerlab.storage.tensors import Shape
 
-# The usual name: a method with one set of moments need not choose another.
+# A method with one set of moments can use this name.
 MOMENTS = "moments"
 """Name of the preparation that `Prepare.moments` makes."""
 NOTHING = Estimate()
-"""Estimate of a stage that needs next to nothing besides the model."""
-# At most 40 characters: it is part of folder names, whose length file systems limit.
+"""Estimate of a stage that needs almost no memory or disk besides the model."""
+# The name is limited to 40 characters, because it is part of folder names, whose length file systems limit.
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
-# A parameter of such a name would be overwritten without a word when the stage's key is made.
+# A parameter of such a name would be overwritten silently when the stage's key is made.
 _RESERVED = {"data", "data_fingerprint", "code", "model", "prompt", "prompt_fingerprints", "encoding"}
 """Names of the parameters that the platform adds to a stage's own."""
 
 
-# Sums and not results: each worker sums over its own rows, and the platform adds their sums.
+# A stage declares sums instead of results: each worker sums over its own rows, and the platform adds their sums.
 class Sums(Protocol):
     """Tensors that are summed over the batches of a data set."""
 
@@ -63,7 +63,7 @@ class Sums(Protocol):
         ...
 
 
-# A name for each row: files of different shards are read together, by row.
+# Each row's tensors have names of their own, because files of different shards are read together, by row.
 class Keeper(Protocol):
     """Computes tensors that are stored for each row of a data set."""
 
@@ -83,10 +83,10 @@ class Keeper(Protocol):
 class Source(NamedTuple):
     """Inputs from which a part is made."""
 
-    # JSON alone: it is hashed into the key and sent to workers.
+    # The parameters are JSON, because they are hashed into the key and sent to workers.
     params: Mapping[str, Json]
     """The parameters that the stage declares."""
-    # On this node: outputs of earlier stages are fetched before the part is made.
+    # The directories are on this node: outputs of earlier stages are fetched before the part is made.
     needed: Mapping[str, Path]
     """Output directories of the preparations in `needs`, by name."""
     model: SteeredModel | None
@@ -109,7 +109,7 @@ class Moments:
     name: str
     role: str
     """Role of the data set."""
-    # The section of a job that extracts, so that a job which only extracts these moments has the same stage.
+    # The field is the section of a job that extracts, so that a job which only extracts these moments has the same stage.
     config: ExtractConfig
 
 
@@ -118,7 +118,7 @@ class SumOverRows:
     """Declares sums over batches of consecutive rows of a data set, on workers that hold the model."""
 
     name: str
-    # By hand: the code is not hashed, so that a change of its layout keeps every artifact.
+    # The author raises the version by hand: the code is not hashed, so that reformatting it changes no artifact's key.
     version: int
     role: str
     params: Mapping[str, Json]
@@ -157,8 +157,8 @@ Preparation = Moments | SumOverRows | KeepOfRows | MapParts
 """A declared preparation, as `Prepare` passes it to `Prepare.make`."""
 
 
-# An object that is called, instead of a list that is returned: one function of the method describes the stages without a job,
-# checks them with one, and plans them.
+# `prepares` calls an object instead of returning a list, so that one function of the method can describe the stages without a
+# job, check them with one, and plan them.
 class Prepare:
     """Takes the declarations of a method's preparations and checks them. Subclasses override `make` to plan the stages.
 
@@ -172,7 +172,7 @@ class Prepare:
 
     def __init__(self, roles: Collection[str] | None = None) -> None:
         """Accept preparations over the data sets of these roles; None accepts any role."""
-        # None and an empty collection differ: a job without data sets refuses every role.
+        # None and an empty collection differ: with an empty collection, of a job without data sets, every role is refused.
         self._roles = roles
         self._names: list[str] = []
 
@@ -180,7 +180,7 @@ class Prepare:
         """Return whether the job has a data set of this role; False if the check runs without a job."""
         return self._roles is not None and role in self._roles
 
-    # Overridden where a job is planned: the declarations are checked in the same way with and without one.
+    # The class that plans a job overrides this; the declarations are checked in the same way with and without one.
     def make(self, preparation: Preparation) -> None:
         """Plan a preparation whose settings have been checked. Does nothing here: this class only checks."""
 
@@ -197,28 +197,27 @@ class Prepare:
         also: str = "",
     ) -> None:
         """Raise ValueError for an invalid or repeated name, a missing data set, an unknown need, or wrong parameters."""
-        # `model` is the name under which the stages pass the model itself.
-        # The name becomes part of paths and of stage names.
+        # `model` is the name under which the stages pass the model itself. Other names become part of paths and of stage names.
         if not _NAME.fullmatch(name) or name == "model":
             raise ValueError(f"a preparation is called {name!r:.60}: small letters, digits and underscores, and not model")
         # The stage's directory is called by this name.
         if name in self._names:
-            raise ValueError(f"two preparations are called {name}: the second would take the place of the first")
-        # None: the check runs without a job, to describe the method.
+            raise ValueError(f"two preparations are called {name}: the second would replace the first")
+        # With None the check runs without a job, to describe the method.
         if role is not None and self._roles is not None and role not in self._roles:
             raise ValueError(f"preparation {name}: the job has no data.{role}; it has {', '.join(self._roles) or 'none'}")
         # Only earlier preparations may be needed, so that the stages are in an order in which they can run.
         self._check_needs(needs, f"preparation {name} needs")
-        # The platform's parameters and the method's are one dict, of which the stage's key is made.
+        # The platform's parameters and the method's are merged into one dict, from which the stage's key is made.
         if taken := _RESERVED & {*(params or {})}:
             raise ValueError(
                 f"preparation {name}: its parameter {taken.pop()} would be that of the platform; call it otherwise"
             )
-        # Asked for here, where the message can name the preparation; the stage itself would fail on a worker.
+        # The check is made here, where the message can name the preparation; the stage itself would fail on a worker.
         missing = [needed for needed in also.split() if needed not in (params or {})]
         if missing:
             raise ValueError(f"preparation {name}: {missing[0]} is missing among its parameters")
-        # Last, so that a refused declaration leaves no name behind.
+        # The name is recorded last, so that a refused declaration is not among the declared ones.
         self._names.append(name)
 
     def _check_needs(self, names: Iterable[str], who: str) -> None:
@@ -234,7 +233,7 @@ class Prepare:
             config: the places to read, with `keep: moments`.
             name: name of the preparation.
         """
-        # Without parameters of its own: those of an extraction are in its config.
+        # An extraction has no parameters of its own besides its config.
         self._declare(name, role)
         self.make(Moments(name, role, config))
 
@@ -254,7 +253,8 @@ class Prepare:
         `params` must hold `rows_per_batch`, `rows_per_shard` (a multiple of it) and `max_tokens`.
         """
         self._declare(name, role, needs, params, "rows_per_batch rows_per_shard max_tokens")
-        # A shard of whole batches (`rows_per_shard` a multiple of `rows_per_batch`): sums of |.| depend on what is one batch.
+        # A shard holds whole batches (`rows_per_shard` is a multiple of `rows_per_batch`), because sums of |.| depend on which
+        # rows form a batch.
         self.make(SumOverRows(name, version, role, params, start, needs, estimate))
 
     def map_parts(
@@ -266,7 +266,7 @@ class Prepare:
         make: MakePart,
         *,
         needs: tuple[str, ...] = (),
-        # A model takes minutes to load: parts that do not read it run in tasks without one.
+        # Parts that do not read the model run in tasks without one, because a model takes minutes to load.
         reads_model: bool = False,
         estimate: Estimate = NOTHING,
     ) -> None:
@@ -274,7 +274,7 @@ class Prepare:
 
         A part is made from the output of the preparations in `needs` and, with `reads_model`, from the model.
         """
-        # No role: parts are made of other stages' output, and rows would not be split over them.
+        # No role is passed: parts are made from the output of other stages, not from rows.
         self._declare(name, None, needs, params)
         self.make(MapParts(name, version, params, parts, make, needs, reads_model, estimate))
 
@@ -289,6 +289,6 @@ class Prepare:
         """
         # Rows must be cut as the training cuts them, or the stored tensors would belong to other tokens.
         if "max_tokens" in params:
-            raise ValueError(f"preparation {name}: its parameter max_tokens would be that of the training; leave it out")
+            raise ValueError(f"preparation {name}: its parameter max_tokens would be that of the training; remove it")
         self._declare(name, role, (), params, "batch_tokens rows_per_shard")
         self.make(KeepOfRows(name, version, role, params, start, values_per_target))

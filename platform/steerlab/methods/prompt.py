@@ -4,10 +4,10 @@ Brown et al., "Language Models are Few-Shot Learners", NeurIPS 2020, https://arx
 al., "AxBench: Steering LLMs? Even Simple Baselines Outperform Sparse Autoencoders", ICML 2025, https://arxiv.org/abs/2501.17148
 (a prompt steers better than all representation-based methods tried there).
 
-Nothing is trained and no activation changes. What stands before a prompt:
+Nothing is trained, and activations do not change. The text before a prompt is:
 
     chats              the system text, then the worked examples as exchanges of user and assistant, then the question. With
-                       examples, the instruction of a question stands in its user turn, before the data
+                       examples, the instruction of a question is put in its user turn, before the data
     plain texts        the prefix, where the model continues a text; texts whose own probability is measured get none
 
 The wording is chosen as a strength is: a sweep over `method.system` (search_spaces/tiny/prompt.py) compares several on
@@ -27,43 +27,43 @@ from steerlab.models import ModelFacts
 
 
 class Config(MethodConfig):
-    """What stands before each prompt; give at least one of `system`, `prefix` and the data set `data.examples`."""
+    """The text before each prompt; give at least one of `system`, `prefix` and the data set `data.examples`."""
 
     name: Literal["prompt"] = "prompt"
     """The method."""
-    # Limited: the text is part of every prompt, and of the stage's key.
+    # The length is limited, because the text is part of every prompt and of the stage's key.
     system: str = Field("", max_length=100_000)
     """System text of chats, before the system text or instruction that a prompt has itself."""
-    # Separate from `system`: a text to continue has no roles, so that a system text would be part of what is continued.
+    # The prefix is separate from `system`: a plain text has no roles, so that a system text would be part of what is continued.
     prefix: str = Field("", max_length=100_000)
     """Text before each plain text that the model continues, such as the prompts of toxicity; a space or line break at its end
     separates it from the text."""
 
 
-# Pure text: tokens are made where the prompts are encoded, under the chat template of the model.
+# The preamble is text; tokens are made where the prompts are encoded, with the chat template of the model.
 def preamble(config: Config, examples: Sequence[Mapping[str, object]]) -> Preamble:
-    """Return what stands before each prompt.
+    """Return the text that is put before each prompt.
 
     Args:
         config: The texts.
         examples: Rows of format instruction, the worked examples in their order.
     """
-    # As rows of format instruction: whatever data set they come from, its form has been resolved by then. A missing input and
-    # None are the empty one.
+    # The rows have format instruction, because the form of their data set has been resolved before. A missing input and None
+    # count as an empty input.
     worked = [
         Example(instruction=str(row["instruction"]), input=str(row.get("input") or ""), output=str(row["output"]))
         for row in examples
     ]
-    # A tuple in the rows' order, which the prompt keeps.
+    # The tuple has the order of the rows, which is also their order in the prompt.
     return Preamble(system=config.system, prefix=config.prefix, examples=tuple(worked))
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for a job that puts nothing before its prompts."""
-    # It would be the baseline itself under another name and key.
+    # Such a job would be the baseline itself under another name and key.
     if job.data.examples is None and not (config.system or config.prefix):
         raise ValueError("method.system: this key is required by method prompt (or method.prefix, or data.examples)")
 
 
-# Without a range of strengths: what stands before a prompt is there or not.
+# No range of strengths is given: the text is in the prompt or not.
 METHOD = Prompted(Config, preamble, check=check, example="jobs/tiny/prompt.yaml")

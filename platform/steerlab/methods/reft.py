@@ -31,7 +31,7 @@ class Config(MethodConfig):
 
     name: Literal["reft"] = "reft"
     """The method."""
-    # R (2 D + 1) numbers at each place.
+    # Each place has R (2 D + 1) numbers.
     rank: int = Field(4, ge=1)
     """Rank R of the change at each place. Paper: 4 to 32."""
     steer: Selection = Selection.model_validate({"modules": ".*layers[.][0-9]+[.]mlp"})
@@ -43,26 +43,27 @@ class Reft(PatchAlone):
     """A frozen model with low-rank maps on its activations."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        # Frozen: eq. 3 trains U, V and c alone.
+        # The model is frozen, because eq. 3 trains U, V and c alone.
         super().__init__(model)
-        # Before the patch is attached: D of each place, from one small forward pass.
+        # D of each place comes from one small forward pass, before the patch is attached.
         widths = taps.widths(model, config.steer)
-        # A place for each module that `steer` selects, all of one rank; eq. 3 has its own U, V and c at each.
+        # Each module that `steer` selects is a place with its own U, V and c of eq. 3, all of one rank.
         kinds = {name: {"kind": "low_rank", "rank": config.rank} for name in widths}
-        # LowRankMap: R (2 D + 1) numbers at each place, and one matrix product of rank R at inference.
+        # A LowRankMap has R (2 D + 1) numbers at each place, and needs one matrix product of rank R at inference.
         self.patch = patches.ActivationPatch(widths, config.steer, kinds=kinds)  # type: ignore[arg-type]
-        # In the order of the places, by the generator that the training has seeded: every rank starts with the same V.
+        # The draws follow the order of the places and use the generator that the training has seeded, so that every rank starts
+        # with the same V.
         for layer in self.patch.layers():
-            # U is zero: V must not be, or both gradients would vanish. 1 / sqrt(D) keeps V z of the size of z's entries.
+            # U is zero, so V must not be, or both gradients would vanish. 1 / sqrt(D) makes V z as large as the entries of z.
             # LoReFT is U = R^T and V z + c = W z + b - R z with orthonormal rows of R; DiReFT trains both factors freely.
             nn.init.normal_(layer.get_parameter("down"), std=layer.get_parameter("down").shape[1] ** -0.5)
-        # Above the patches below: V reads what they have made of z.
+        # The patch comes after the patches below, so that V reads the activations that they have changed.
         patches.attach(model, [*inputs.below, self.patch])
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
-        # `patched_inputs` holds roles and phases, from which the patch selects tokens.
-        # Response tokens or all tokens, as the data set's `loss_on` says; the loss reaches the maps through every later layer.
+        # `patched_inputs` holds roles and phases, from which the patch selects tokens. The data set's `loss_on` decides whether
+        # response tokens or all tokens are labelled; the loss reaches the maps through every later layer.
         return next_token_loss(self.model(**batch.patched_inputs).logits, batch.labels)
 
 

@@ -30,7 +30,7 @@ class Config(SteeringConfig):
 
     name: Literal["repe"] = "repe"
     """The method."""
-    # The reading vector is a unit vector: c is the length of the shift, whatever the size of the differences was.
+    # The reading vector is a unit vector, so c is the length of the shift, whichever size the differences had.
     coefficient: float = Field(1.0, gt=0)
     """Length c of the shift at strength 1, in the units of the activations."""
 
@@ -46,35 +46,34 @@ def reading_vector(source_ND: Tensor, target_MD: Tensor) -> Tensor:
         ValueError: fewer than 4 samples on a side, different widths, or a NaN or infinite value.
     """
     check_samples(source_ND, target_MD)
-    # P, the size of the larger side.
+    # P is the size of the larger side.
     num = max(len(source_ND), len(target_MD))
-    generator = torch.Generator().manual_seed(0)  # a generator of its own: the global state is left alone
+    generator = torch.Generator().manual_seed(0)  # a generator of its own: the global state does not change
     # Each side is shuffled and repeated up to the size of the larger one, so that every text is used, and about equally often.
-    # Drawn and not taken in order: rows of a data set may be sorted by what they are about.
+    # The order is drawn, because rows of a data set may be sorted by their content.
     rows_2P = [
         torch.randperm(len(side), generator=generator).repeat(-(-num // len(side)))[:num] for side in (source_ND, target_MD)
     ]
-    # In float64, as the differences of activations may be small next to the activations.
+    # The differences are computed in float64, because they may be small next to the activations.
     difference_PD = target_MD.double()[rows_2P[1]] - source_ND.double()[rows_2P[0]]
     # Without alternating signs the centring below would subtract the mean difference, which is the concept itself.
     sign_P1 = torch.where(torch.arange(num) % 2 == 0, 1.0, -1.0).double()[:, None]
     # (P, D).
     signed_PD = sign_P1 * difference_PD
-    # The right singular vectors of the centred differences are their principal components; `full_matrices` would add D - P
-    # more.
-    # (K, D) with K = min(P, D), in descending order of the singular values.
+    # The right singular vectors of the centred differences are their principal components, (K, D) with K = min(P, D), in
+    # descending order of the singular values; `full_matrices` would add D - P more.
     _, _, axes_KD = torch.linalg.svd(signed_PD - signed_PD.mean(0), full_matrices=False)
-    # A principal component has no sign of its own.
-    # Of the means and not of the pairs, whose signs were alternated.
+    # A principal component has no sign of its own. The sign comes from the means, because the signs of the pairs were
+    # alternated.
     towards = axes_KD[0] @ (target_MD.double().mean(0) - source_ND.double().mean(0))
-    # (D,): a tie, with both means equally far along v, keeps the sign of the decomposition.
+    # In a tie, with both means equally far along v, the decomposition's own sign is used. (D,).
     return (axes_KD[0] if towards >= 0 else -axes_KD[0]).float()
 
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
-    # Place by place: the components of joined places would be directions across layers.
+    # Each place has its own components; those of joined places would be directions across layers.
     vectors = {name: reading_vector(source[name], target[name]) for name in source}
-    # c v with the scale 1: a reading vector shifts, and changes no spread.
+    # The map is a shift by c v with scale 1, so that the spread does not change.
     return {name: AffineMap(torch.ones_like(v_D), config.coefficient * v_D) for name, v_D in vectors.items()}
 
 

@@ -34,17 +34,17 @@ class Config(EditConfig):
 
     name: Literal["resta"] = "resta"
     """The method."""
-    # The safety vector has the length of the alignment's own change: gamma is in units of it.
+    # The safety vector has the length of the alignment's own change, so gamma is in units of it.
     gamma: float = Field(0.5, gt=0)
     """Length gamma of the safety vector that is added. WSR-Tune's comparison: 0.3."""
     # p < 1: 1 / (1 - p) has no value at 1.
     drop: float = Field(0.0, ge=0, lt=1)
-    """Share p of the fine-tuning's change that DARE drops; 0 leaves DARE out."""
+    """Share p of the fine-tuning's change that DARE drops; 0 turns DARE off."""
     seed: Seed = 0
     """Seed of the dropped entries; unused with drop 0."""
 
 
-# A generator that is handed over: a global one would be moved by whatever else draws.
+# The generator is an argument, because other draws would move a global one.
 def dare(change: Tensor, drop: float, random: torch.Generator) -> Tensor:
     """Return a change of any shape with a share `drop` of its entries set to 0, and the others divided by 1 - drop."""
     # `rand` is below 1 and at least 0: `>= drop` keeps an entry with probability 1 - p, and every entry at p = 0.
@@ -56,14 +56,14 @@ def dare(change: Tensor, drop: float, random: torch.Generator) -> Tensor:
 def edit(config: Config, weight: Weight) -> Edit:
     """Return W_0 + DARE_p(W_1 - W_0) + gamma v."""
     assert weight.unaligned is not None
-    # v = W_0 - W_u, of every parameter, as the paper's task arithmetic takes the whole vector of weights.
+    # v = W_0 - W_u is taken of every parameter, because the paper's task arithmetic uses the whole vector of weights.
     safety = weight.before - weight.unaligned
-    # Without DARE W_0 + (W_1 - W_0) is W_1 itself, without the rounding of the difference.
+    # Without DARE, W_0 + (W_1 - W_0) is W_1 itself; the shortcut avoids the rounding of the difference.
     trained = weight.after
     if config.drop:
-        # A generator of the parameter's own name: the draw does not depend on the order of the parameters.
+        # The generator depends on the parameter's name, so that the draw does not depend on the order of the parameters.
         trained = weight.before + dare(weight.after - weight.before, config.drop, generator(config.seed, weight.name))
-    # Its norm is kept as a fact: at 0 the unaligned model is the aligned one, and RESTA changes nothing.
+    # The norm is stored as a fact: at 0 the unaligned model is the aligned one, and RESTA changes nothing.
     return Edit(trained + config.gamma * safety, {"safety_norm": float(safety.norm())})
 
 

@@ -8,7 +8,7 @@ For a linear layer with the update dW of the fine-tuning, weights W_a of the ali
     alignment     V = W_a - W_u
     projection    C = V (V^T V)^-1 V^T                exact: onto the span of V's columns
                   C = V V^T / |V|_F                   approximate, which the paper proposes for its speed
-    rule          dW <- C dW where cos(dW, C dW) < tau, both as vectors; else dW stays
+    rule          dW <- C dW where cos(dW, C dW) < tau, both as vectors; else dW is not changed
 
 Departures: dW is the change of the whole weight, W_1 - W_0. For low-rank adapters dW = B A this is the authors' (C B) A; for a
 training of all weights it is the paper's extension to full fine-tuning. Parameters outside of the linear layers stay as
@@ -55,28 +55,28 @@ def projected(change_MN: Tensor, alignment_MN: Tensor, exact: bool) -> Tensor:
         alignment_MN: V.
         exact: whether C is the orthogonal projection on the columns of V; else V V^T / |V|_F.
     """
-    # C = V (V^T V)^-1 V^T = U U^T for V = U S W^T.
+    # With V = U S W^T, C = V (V^T V)^-1 V^T = U U^T.
     if exact:
-        # The left singular vectors span V's columns: C without the inverse of V^T V, which is singular where V lacks rank.
+        # The left singular vectors span V's columns, which gives C without the inverse of V^T V, singular where V lacks rank.
         left_MK, values_K, _ = torch.linalg.svd(alignment_MN.double(), full_matrices=False)
         tiny = torch.finfo(torch.float32).eps * max(alignment_MN.shape) * float(values_K[0])
-        # In float64, and without the directions of rounding: an aligned model that differs from its base in a low-rank change
-        # has a V of low rank, and a vector of noise would enter the span with full weight.
+        # The computation is in float64 and drops directions of rounding error: where the aligned model differs from its base by
+        # a low-rank change, V has low rank, and a noise vector would enter the span with full weight.
         left_MK = left_MK[:, values_K > tiny]
-        # U (U^T dW): (K, N) in between, and never the M x M matrix C.
+        # U (U^T dW) has (K, N) numbers in between, so that the M x M matrix C is never needed.
         return (left_MK @ (left_MK.T @ change_MN.double())).float()
-    # |V|_F, not its square: the paper's C is no projection and scales with V, which the cosine does not see but the result
-    # does.
+    # The divisor is |V|_F and not its square: the paper's C is not a projection and scales with V, which changes the result but
+    # not the cosine.
     norm = alignment_MN.norm()
-    # The smaller product first: V^T dW is (N, N), V V^T (M, M).
-    # V = 0 where the alignment left a layer alone: C dW is then 0, and no 0 / 0.
+    # V^T dW is computed first, because (N, N) is smaller than V V^T, (M, M), for M > N. Where the alignment did not change a
+    # layer, V = 0 and C dW is 0 instead of 0 / 0.
     return alignment_MN @ (alignment_MN.T @ change_MN) / (norm if norm > 0 else 1.0)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
     """Return the cosine between two matrices as vectors; 0 if one of them is zero."""
-    # In float64: a sum of millions of products, compared with a threshold. A zero matrix has no direction; 0 then means below
-    # any positive tau.
+    # The sum of millions of products is computed in float64, because it is compared with a threshold. A zero matrix has no
+    # direction; its cosine of 0 is below any positive tau.
     norms = float(a.double().norm() * b.double().norm())
     return float((a.double() * b.double()).sum()) / norms if norms > 0 else 0.0
 
@@ -86,17 +86,17 @@ def edit(config: Config, weight: Weight) -> Edit | None:
     if weight.place is None:
         return None
     assert weight.unaligned is not None
-    # W_1 - W_0, which for adapters is B A, whatever their rank.
+    # dW = W_1 - W_0, which for adapters is B A, whatever their rank.
     change_MN = weight.after - weight.before
     if not bool(change_MN.any()):
         return None  # a layer that was not trained has no direction
-    # V = W_a - W_u: the aligned model is the one before the fine-tuning.
+    # V = W_a - W_u; the aligned model is the one before the fine-tuning.
     new_MN = projected(change_MN, weight.before - weight.unaligned, config.projection == "exact")
     similarity = cosine(change_MN, new_MN)
-    # Strictly below: tau 1 projects every update, but for one that C only stretches, of which the projection changes the length
-    # alone.
+    # The comparison is strict. tau 1 projects every update except one that C only stretches, of which a projection would change
+    # only the length.
     takes = similarity < config.threshold
-    # Kept for every layer: the cosines of all layers tell how many another tau would project.
+    # The cosine of every layer is stored, so that one can see how many layers another tau would project.
     facts = {"cosine": similarity, "projected": float(takes)}
     return Edit(weight.before + new_MN if takes else weight.after, facts)
 

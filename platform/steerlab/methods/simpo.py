@@ -2,7 +2,7 @@
 
 Meng, Xia and Chen, "SimPO: Simple Preference Optimization with a Reference-Free Reward", NeurIPS 2024,
 https://arxiv.org/abs/2405.14734. The reward of a response is the mean log-likelihood of its tokens, by which the
-model also generates (eq. 4), and the chosen response is asked to win by a margin gamma (eq. 6):
+model also generates (eq. 4), and the chosen response has to win by a margin gamma (eq. 6):
 
     r(x, y) = beta / |y| sum_t log pi(y_t | x, y_<t)
     L = -log sigmoid( r(x, y_w) - r(x, y_l) - gamma )
@@ -43,10 +43,10 @@ class Config(pair_losses.PairLossConfig):
 
     name: Literal["simpo"] = "simpo"
     """The method."""
-    # Larger than DPO's: a mean over tokens is a few nats, a sum hundreds.
+    # beta is larger than DPO's, because a mean over tokens is a few nats and a sum hundreds.
     beta: float = Field(2.0, gt=0)
     """Scale of the reward. Paper: 2.0 to 2.5, and 10 for instruction-tuned models."""
-    # In units of the reward, as in eq. 6, and so scaled by beta's choice.
+    # gamma is in units of the reward, as in eq. 6, and so depends on beta.
     gamma: float = Field(1.0, ge=0)
     """Margin by which the chosen response has to win, in units of the reward. Paper: 0.3 to 1.6."""
     lora: Lora | None = None
@@ -54,7 +54,7 @@ class Config(pair_losses.PairLossConfig):
 
     @model_validator(mode="after")
     def _has_loss(self) -> Config:
-        # Its target 1 / (2 beta) is a margin of its own, which gamma would only shift.
+        # The target 1 / (2 beta) of this loss is a margin of its own, which gamma would only shift.
         if self.loss == "ipo":
             raise ValueError("loss ipo has a margin of its own; SimPO's is gamma: use sigmoid, robust or hinge")
         return self
@@ -67,25 +67,26 @@ class Simpo(PatchAlone):
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
-        # The result is a weight patch, too, and two of them on one weight would overwrite each other.
+        # The result is a weight patch, too, and two weight patches on one weight would overwrite each other.
         if any(patch.kind == "weight" for patch in inputs.below):
             raise ValueError("model.source: the model's weights are patched already; `steerlab export` makes them its own")
         self.config = config
-        # In main memory, not on the GPU: the start is needed again only when the patch is saved.
+        # The copy is in main memory instead of on the GPU, because it is needed only when the patch is saved.
         self.start: dict[str, Tensor] = {}
         if config.lora is None:
-            # `copy=True`: on a CPU `to` would return the weight itself, which trains.
+            # `copy=True` is needed on a CPU, where `to` would return the weight itself, which trains.
             self.start = {name: weight.detach().to("cpu", copy=True) for name, weight in model.named_parameters()}
             train_everything(model)
-        # Whole weights and adapters are two forms of one patch: differences, or the factors of one.
+        # Whole weights and adapters give one kind of patch: differences, or the factors of differences.
         self.patch = Whole(model) if config.lora is None else Adapters(model, config.lora)
-        # After the adapters: one takes the place of its layer, and a map must hook what adds its change.
+        # The patches below are attached after the adapters: an adapter replaces its layer, and a map must hook the module that
+        # adds the adapter's change.
         patches.attach(model, inputs.below)
 
     def train(self, mode: bool = True) -> Simpo:
         """Set the policy's training mode; with adapters the frozen model stays in evaluation mode."""
         super().train(mode)
-        # PatchAlone keeps the model in evaluation mode, but without adapters the model itself is the policy.
+        # PatchAlone sets the model to evaluation mode, but without adapters the model itself is the policy.
         if self.config.lora is None:
             self.model.train(mode)
         return self
@@ -93,14 +94,14 @@ class Simpo(PatchAlone):
     def forward(self, batch: Batch) -> Loss:
         """Return the summed loss of the pairs (eq. 6)."""
         config, tokens = self.config, scoring.predicted(batch)  # N response tokens of P pairs
-        # No reference, and so one pass a step where DPO needs two.
+        # Without a reference a step needs one pass where DPO needs two.
         log_prob_N = scoring.log_probs(self.model, batch, tokens)
-        # The mean over the tokens of a response, times beta (eq. 4); without a reference.
-        # log pi / |y|: a sum over tokens would reward short responses, and no reference takes their length out.
+        # A reward is beta times the mean log pi over the tokens of a response (eq. 4). A sum would favour short responses, and
+        # no reference removes their length from it.
         pairs = pair_losses.compare(log_prob_N, None, tokens, config.beta, length_average=True)
-        # The margin gamma is subtracted from the difference of rewards, inside of the sigmoid.
+        # The margin gamma is subtracted from the difference of rewards, inside the sigmoid.
         loss_P = pair_losses.loss(pairs.margin_P - config.gamma, config.beta, config)
-        # A sum over pairs: the means of eq. 6 are taken within a response, the mean over pairs by the loop.
+        # The means of eq. 6 are taken within a response; the loop divides the sum over pairs by their number.
         return Loss(pair_losses.total(pairs, loss_P, config).sum(), pairs.metrics())
 
     @classmethod
@@ -119,7 +120,7 @@ class Simpo(PatchAlone):
 
     def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
         """Return the differences between the trained weights and those at the start as a patch."""
-        # Adapters are saved as factors: a patch of low rank is as small on disk as what trained.
+        # Adapters are saved as factors, so that the patch is as small on disk as the trained parameters.
         return self.patch.finished(state) if isinstance(self.patch, Adapters) else self.patch.finished(state, self.start)
 
 
@@ -127,7 +128,7 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for bfloat16 weights without float32 copies, and for ZeRO 3."""
     if config.lora is None:
         check_masters(job)
-    # Strength 0 has to be the start bit for bit: W - W_0 is taken of whole weights.
+    # At strength 0 the model has to be the start bit for bit, so W - W_0 is taken of whole weights.
     if job.scale.zero_stage == 3:
         raise ValueError("scale.zero_stage 3: the differences to the start are taken of whole weights; use 0, 1 or 2")
 

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-# Also the names of the stages: with another name all neurons would be counted anew.
+# The names are also those of the stages, so another name would count all neurons anew.
 SAFETY, FOUNDATION = "safety_neurons", "foundation_neurons"
 """Names of the preparations: by layer and type, in how many queries each neuron is active."""
 
@@ -64,13 +64,13 @@ class Config(MethodConfig):
     name: Literal["sn_tune"] = "sn_tune"
     """The method."""
     train: Literal["safety", "others"] = "safety"
-    """Neurons that train: safety: N_safe (SN-Tune), without those of data.utility if there are such rows (RSN-Tune); others:
+    """Neurons that train: safety: N_safe (SN-Tune), without those of data.utility if the job has these rows (RSN-Tune); others:
     all but these, which keep safety (WSR-Tune's comparison)."""
-    # A share, not the paper's epsilon of eq. 2, so that one setting serves all models: the size of Imp is that of a model's
-    # activations.
+    # `active` is a share instead of the paper's epsilon of eq. 2, so that one setting fits all models: the size of Imp is that
+    # of a model's activations.
     active: float = Field(0.15, gt=0, le=1)
     """Share of the neurons of a type, over all layers, that counts as active for a query. Default of WSR-Tune's code."""
-    # N_safe of eq. 3 is an intersection, which shrinks with every query: one unusual query can empty it.
+    # N_safe of eq. 3 is an intersection, which shrinks with every query; one unusual query can empty it.
     agreement: float = Field(1.0, gt=0, le=1)
     """Share of the queries for which a neuron must be active. Paper: 1."""
     target_layers: Layers = ("all",)
@@ -88,10 +88,10 @@ class Config(MethodConfig):
 
 
 def of_linear(x_TK: Tensor, weight_MK: Tensor) -> Tensor:
-    """Return |x[:, k] W[:, k]^T| for each input k of a linear layer, (K,): what its output loses without that input (eq. 9)."""
-    # |x[:, k] W[:, k]^T|_F of a matrix of rank 1 is the product of the two norms: (K,) numbers, and never the T x M matrix of
-    # each of the K neurons. A row k of W_up makes input k of W_down, so that the removal of either has this same effect on the
-    # block.
+    """Return |x[:, k] W[:, k]^T| for each input k of a linear layer, (K,): the part of its output that comes from this input
+    (eq. 9)."""
+    # |x[:, k] W[:, k]^T|_F of a matrix of rank 1 is the product of two norms, so that K numbers are computed instead of K
+    # matrices of T x M. A row k of W_up makes input k of W_down, so that removing either has the same effect on the block.
     return x_TK.norm(dim=0) * weight_MK.norm(dim=0)
 
 
@@ -108,26 +108,27 @@ def of_values(context_THd: Tensor, weight_MHd: Tensor, groups: int) -> Tensor:
     # times in a row. (T, H / G, G, d) and (M, H / G, G, d).
     context = context_THd.view(num_tokens, num_heads // groups, groups, width)
     weight = weight_MHd.view(len(weight_MHd), num_heads // groups, groups, width)
-    # |sum_g c_g w_g^T|^2 = sum_gh (c_g . c_h) (w_g . w_h): without the matrix of tokens by outputs for each number.
-    # Both einsums give (H / G, d, G, G), summed over tokens and over outputs.
+    # |sum_g c_g w_g^T|^2 = sum_gh (c_g . c_h) (w_g . w_h), which avoids a matrix of tokens by outputs for each number. Both
+    # einsums give (H / G, d, G, G), summed over tokens and over outputs.
     products = torch.einsum("tkgd,tkhd->kdgh", context, context) * torch.einsum("mkgd,mkhd->kdgh", weight, weight)
-    # The sum is a squared norm, but rounding may take it just below 0, whose root is NaN.
+    # The sum is a squared norm, but rounding may make it slightly negative, and its root NaN.
     return products.sum((-1, -2)).clamp(min=0).sqrt().flatten()
 
 
 def of_scores(queries_THd: Tensor, keys_THd: Tensor) -> Tensor:
     """Return the norm of the change of the attention without one number of queries and keys, (H, d) (eq. 12)."""
     num_tokens, num_heads, width = queries_THd.shape
-    # The causal mask, without which a query would lose what later tokens attend to.
+    # Without the causal mask a query would attend to later tokens.
     later = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=queries_THd.device).triu(1)
     changes = []
-    # One head at a time: the tensor of tokens by tokens by numbers is that of the paper's parallel form (eq. 13).
+    # Heads are treated one at a time, because the tensor of tokens by tokens by numbers is that of the paper's parallel form
+    # (eq. 13).
     for head in range(num_heads):
         query_Td, key_Td = queries_THd[:, head], keys_THd[:, head]
-        # The masked scores are -inf before the subtraction: -inf minus a finite number stays -inf, so that the mask is applied
-        # once for all d removals.
+        # The scores are masked before the subtraction: -inf minus a finite number is -inf, so that one mask serves all d
+        # removals.
         score_TT = (query_Td @ key_Td.T / math.sqrt(width)).masked_fill(later, -math.inf)
-        # D_k of eq. 12 is an outer product over tokens for each number k: (d, T, T).
+        # D_k of eq. 12 is an outer product over tokens for each number k, (d, T, T).
         without_dTT = score_TT - torch.einsum("td,sd->dts", query_Td, key_Td) / math.sqrt(width)
         # Frobenius norm over the T x T attention matrix, for each number: (d,).
         changes.append((without_dTT.softmax(-1) - score_TT.softmax(-1)).flatten(1).norm(dim=1))
@@ -136,21 +137,21 @@ def of_scores(queries_THd: Tensor, keys_THd: Tensor) -> Tensor:
 
 def importance(kind: LayerType, block: Block) -> Tensor:
     """Return the importance of the neurons of a type in one block for one query, (K,)."""
-    # In float32 (`Block.value`): a norm in bfloat16 keeps two to three digits, too few to rank neurons.
+    # `Block.value` gives float32, because a norm in bfloat16 has two to three digits, too few to rank neurons.
     if kind in ("ffn_up", "ffn_down"):
         return of_linear(block.value("ffn_down"), block.weight("ffn_down"))
     heads, groups = block.heads
     if kind == "attn_v":
-        # The context that enters W_O is the attention-weighted values: without number k of a value it lacks column k of every
-        # head that shares it.
+        # The context that enters W_O is the attention-weighted values. Without number k of a value, it lacks column k of every
+        # head that shares this value.
         context, projection = block.value("attn_o"), block.weight("attn_o")
         return of_values(context.unflatten(1, (heads, -1)), projection.unflatten(1, (heads, -1)), groups)
-    # (T, H, d); a key is repeated for the G heads that read it, so that queries and keys pair up head by head.
+    # (T, H, d). A key is repeated for the G heads that read it, so that queries and keys pair up head by head.
     queries = block.value("attn_q").unflatten(1, (heads, -1))
     keys = block.value("attn_k").unflatten(1, (heads // groups, -1)).repeat_interleave(groups, dim=1)
     change_Hd = of_scores(queries, keys)
-    # A number of a shared key changes the scores of G heads at once: one norm over all of them, (H / G, d), as its neuron is
-    # one row of W_K.
+    # A number of a shared key changes the scores of G heads at once. Its neuron is one row of W_K, so one norm is taken over
+    # all G heads, (H / G, d).
     return (change_Hd if kind == "attn_q" else change_Hd.unflatten(0, (-1, groups)).norm(dim=1)).flatten()
 
 
@@ -162,19 +163,19 @@ def count(model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, 
 def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
     """Ask for the counts of active neurons on the harmful queries and, for RSN-Tune, on general texts."""
     layers = blocks(skeleton, config.target_layers)
-    # Counts are float32, 4 bytes: whole numbers up to 2^24 are exact.
+    # Counts are float32 (4 bytes), in which whole numbers up to 2^24 are exact.
     size = 4 * sum(num_neurons(kind, layer[kind]) for layer in layers for kind in TYPES)
     per_shard = max(1, config.rows_per_shard // config.rows_per_batch) * config.rows_per_batch
     params: dict[str, Json] = {
         "active": config.active,
-        # As text: the parameters are part of the stage's key, in which 3 and "3" would be two stages.
+        # The layers are texts, because the parameters are part of the stage's key, in which 3 and "3" would be two stages.
         "target_layers": [str(item) for item in config.target_layers],
         "rows_per_batch": config.rows_per_batch,
         "rows_per_shard": per_shard,
         "max_tokens": config.max_tokens,
     }
     estimate = Estimate(memory_bytes=size, disk_bytes=size, work_bytes=size)
-    # The same function over other rows: a foundation neuron differs from a safety neuron in the queries alone.
+    # The same function counts over other rows: a foundation neuron differs from a safety neuron only in the queries.
     roles = {SAFETY: "safety", **({FOUNDATION: "utility"} if prepare.has("utility") else {})}
     for name, role in roles.items():
         prepare.sum_over_rows(name, 2, role, params, count, estimate=estimate)
@@ -188,7 +189,8 @@ def agreed(counts: Parts, name: str, agreement: float) -> Tensor:
     """Return the neurons of a layer that are active for at least the share `agreement` of the queries, (K,) bool."""
     num_queries = counts.facts["all"]["rows"]
     assert isinstance(num_queries, int)
-    # As the fraction that was written: 0.7 of 10 queries are 7, and 0.7 * 10 is 7.000000000000001 as a double.
+    # The share is converted to the fraction that was written, because 0.55 * 100 is 55.00000000000001 as a double and its
+    # ceiling 56.
     return counts.tensor(name) >= math.ceil(Fraction(repr(agreement)) * num_queries)
 
 
@@ -199,8 +201,7 @@ class SnTune(PatchAlone):
         super().__init__(model)
         safety = Parts.open(inputs.prepared[SAFETY])
         foundation = Parts.open(inputs.prepared[FOUNDATION]) if FOUNDATION in inputs.prepared else None
-        # A layer without a basis: its coefficients in the identity are its weights, and `RotatedLayer` freezes single entries
-        # of them.
+        # `RotatedLayer` without a basis freezes single entries: the coefficients in the identity are the weights themselves.
         masked: dict[str, rotation.RotatedLayer] = {}
         num_trained = 0
         for layer in blocks(model, config.target_layers):
@@ -208,17 +209,17 @@ class SnTune(PatchAlone):
                 place = layer[kind]
                 chosen_K = agreed(safety, place.module, config.agreement)
                 if foundation is not None:
-                    # RSN-Tune's set difference, neuron by neuron; both sets ask for the same agreement.
+                    # RSN-Tune takes the difference of the two sets, neuron by neuron; both use the same agreement.
                     chosen_K &= ~agreed(foundation, place.module, config.agreement)
                 trains_K = chosen_K if config.train == "safety" else ~chosen_K
-                # Counted in neurons, not entries: what the message below is about.
+                # Neurons are counted instead of entries, because the message below is about neurons.
                 num_trained += int(trains_K.sum())
-                # A row for an output, a column for an input of W_down.
+                # A neuron is a row for an output, and a column for an input of W_down.
                 trains_MN = (trains_K[None] if kind == "ffn_down" else trains_K[:, None]).expand(place.shape)
                 # `expand` repeats the neuron's flag over its row or column without a copy; `RotatedLayer` negates it into
                 # memory of its own.
                 masked[place.module] = rotation.RotatedLayer(model.get_submodule(place.module), ~trains_MN, None)
-        # Without this the optimizer would run over zeros: every gradient is masked, and the result would equal the start.
+        # Without this check every gradient would be masked, and the result would equal the start.
         if not num_trained:
             raise ValueError(
                 f"method.active {config.active}: no neuron is left to train, with agreement {config.agreement} over "
@@ -229,7 +230,7 @@ class SnTune(PatchAlone):
 
     def train(self, mode: bool = True) -> SnTune:
         """Set the training mode of the whole model."""
-        # Not PatchAlone.train: the model's weights train here, with its dropout as in plain fine-tuning.
+        # `PatchAlone.train` does not fit: the model's weights train here, with dropout as in plain fine-tuning.
         nn.Module.train(self, mode)
         return self
 
@@ -237,7 +238,7 @@ class SnTune(PatchAlone):
     def size(cls, config: Config, skeleton: PreTrainedModel) -> Size:
         """Return the number of entries of the layers that hold neurons, and the bytes of W and the masks besides W_0."""
         num = sum(math.prod(layer[kind].shape) for layer in blocks(skeleton, config.target_layers) for kind in TYPES)
-        # W in float32 (4 bytes) and the mask as bools (1 byte); without a basis there is no W_0 U.
+        # W takes 4 bytes and the mask 1 byte an entry; without a basis there is no W_0 U.
         return Size(num, (4 + 1) * num)
 
     def forward(self, batch: Batch) -> Loss:
@@ -250,17 +251,17 @@ class SnTune(PatchAlone):
 
     def after_step(self, lr: float) -> None:
         """Drop matrices that were computed before the step."""
-        # An evaluation or an export may follow before the next `on_step`, and would use W of the step before.
+        # An evaluation or an export may come before the next `on_step`, and would use W of the previous step.
         self.patch.start_step()
 
     def before_pass(self, is_last: bool) -> None:
-        """Tell the layers whether this is the step's last pass."""
+        """Pass on to the layers whether this is the step's last pass."""
         self.patch.start_pass(is_last)
 
     def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
         """Return the changes of the weights as a patch, in the layout in which the model stores them."""
         modules = [self.model.get_submodule(name) for name in self.patch.names]
-        # In the layout of the module: GPT-2 stores weights as (inputs, outputs).
+        # The layout is that of the module: GPT-2 stores weights as (inputs, outputs).
         return patches.WeightPatch.of({
             f"{name}.weight": models.linear_weight(module, state[f"layers.{number}.change_MN"].cpu())
             for number, (name, module) in enumerate(zip(self.patch.names, modules, strict=True))

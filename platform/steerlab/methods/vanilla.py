@@ -26,13 +26,13 @@ class Vanilla(WholeModel):
     """A causal language model that trains on the next-token loss."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        # `inputs` holds nothing that a whole model needs: without a patch the loop's model is the trainee.
-        # All weights train, or adapters: the same choice as in ASIDE and ISE, which are compared with it.
+        # `inputs` is not used, because a whole model has no patch. All weights train, or adapters: the same choice as in ASIDE
+        # and ISE, which are compared with this method.
         super().__init__(model, config.lora)
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
-        # `model_inputs` has no roles: no patch is there to read them.
+        # `model_inputs` has no roles, since no patch would read them.
         return next_token_loss(self.model(**batch.model_inputs).logits, batch.labels)
 
 

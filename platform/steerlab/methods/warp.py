@@ -75,7 +75,8 @@ class Config(MethodConfig):
     """Linear layers that are trained; the default is the paper's."""
     target_layers: Layers = ("all",)
     """Decoder layers: all, early, middle or late (a third each), last, numbers from 0, spans such as 8-15 (inclusive)."""
-    # Gradients differ in size from layer to layer: one threshold may freeze some layers whole, and others not at all.
+    # Gradients differ in size from layer to layer, so that one threshold may freeze some layers completely and others not at
+    # all.
     scope: Literal["module", "global"] = "module"
     """module: keep_ratio applies to each linear layer (paper); global: to all selected layers together."""
     rotation: Literal["safety", "random", "none"] = "safety"
@@ -83,7 +84,7 @@ class Config(MethodConfig):
     mask: Literal["importance", "random", "magnitude"] = "importance"
     """Frozen coefficients: importance: those with the largest gradients on safety rows; controls: random: drawn at random,
     magnitude: those with the largest absolute value."""
-    # C sums over tokens: long prompts outweigh short refusals in it.
+    # C is a sum over tokens, so that long prompts outweigh short refusals in it.
     basis_tokens: Literal["all", "prompt", "response"] = Field("all", exclude_if=lambda tokens: tokens == "all")
     """Tokens whose inputs span the basis: all (paper), or those of the prompt (the code's --only_prompt) or response alone."""
     importance_tokens: Tokens = Field("labelled", exclude_if=lambda tokens: tokens == "labelled")
@@ -97,7 +98,7 @@ class Config(MethodConfig):
     (the code's --two_mask, where it is keep_ratio); null uses one mask."""
     others: Literal["frozen", "train"] = "frozen"
     """Weights outside of the selected layers: frozen, or trained without a mask."""
-    # |sum of gradients| and sum of |gradients| differ: two batch sizes are two importances.
+    # |sum of gradients| and sum of |gradients| differ, so the importance depends on the batch size.
     rows_per_batch: int = Field(4, ge=1)
     """Safety rows in one batch of the importance, a sum of absolute gradients, which depends on the batch size. Paper: 4."""
     max_tokens: int = Field(512, ge=8)
@@ -114,7 +115,7 @@ class Config(MethodConfig):
     def _check(self) -> Config:
         if self.lora is None:
             return self
-        # By type only: a layer that computes several types in one is found in `prepares`, where the model is known.
+        # Only types are compared here; a layer that computes several types is found in `prepares`, where the model is known.
         both = [name for name in self.lora.layer_type if name in self.layer_type]
         if both:
             raise ValueError(
@@ -122,7 +123,7 @@ class Config(MethodConfig):
                 "adapt layers that are not in layer_type"
             )
         if self.others == "train":
-            raise ValueError("lora: others train trains the whole weights of these layers already; leave one of them out")
+            raise ValueError("lora: others train trains the whole weights of these layers already; remove one of them")
         return self
 
 
@@ -135,7 +136,7 @@ def coefficients(matrix_MN: Tensor, vectors_NN: Tensor | None) -> Tensor:
 
     Args:
         matrix_MN: W or dL/dW.
-        vectors_NN: the basis U, beside the matrix; None stands for the identity.
+        vectors_NN: the basis U, beside the matrix; None means the identity.
     """
     # W = (W U) U^T for orthonormal U, and so dL/d(W U) = (dL/dW) U: one product serves both.
     return matrix_MN if vectors_NN is None else matrix_MN @ vectors_NN
@@ -143,8 +144,8 @@ def coefficients(matrix_MN: Tensor, vectors_NN: Tensor | None) -> Tensor:
 
 def importance(grad_MN: Tensor, vectors_NN: Tensor | None) -> Tensor:
     """Return a batch's term of G, |(dL_b / dW) U|; it may be computed in the gradient's memory (step 2)."""
-    # The absolute value of each batch's gradient, not of their sum, in which opposite signs would cancel.
-    # In place: the hook of gradients.py has taken the gradient, and nothing else reads it.
+    # G sums the absolute values of the batches' gradients; in the absolute value of their sum, opposite signs would cancel. The
+    # operation is in place, because the hook of gradients.py owns the gradient and nothing else reads it.
     return coefficients(grad_MN, vectors_NN).abs_()
 
 
@@ -153,7 +154,7 @@ def importance(grad_MN: Tensor, vectors_NN: Tensor | None) -> Tensor:
 
 def safety_importance(model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]) -> GradientSums:
     """Return sums of |dL_b / d(W U)| over batches b of safety rows (step 2), at zero."""
-    # A function at the top of the module: workers find it by its name.
+    # The function is at the top level of the module, because workers find it by its name.
     return weight_space.gradient_sums(importance, "safety", model, params, needed)
 
 
@@ -168,8 +169,8 @@ def magnitude(source: Source, part: str, path: Path) -> dict[str, object]:
 
 
 def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
-    """Declare the stages before the training; controls leave out the stages that they do not need."""
-    # The skeleton has no weights, but all names and shapes: stages are planned before a model is loaded.
+    """Declare the stages before the training; controls skip the stages that they do not need."""
+    # The skeleton has no weights, but all names and shapes, so stages are planned before a model is loaded.
     chosen = places(skeleton, config)
     if config.lora is not None:
         lora.check_apart(skeleton, config.lora, chosen)
@@ -182,7 +183,7 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
     if config.spare_ratio is not None:
         plan.declare_sums("utility_importance", "utility", utility_importance, config, chosen, prepare)
     plan.declare_mask(config, chosen, prepare)
-    # The importance is read by the mask alone: the training does not depend on it, and workers need not fetch it.
+    # The importance is read by the mask only, so workers of the training need not fetch it.
     return ("basis", "mask") if config.rotation != "none" else ("mask",)
 
 
@@ -199,23 +200,24 @@ class Warp(PatchAlone):
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
-        # Opened, not read: bases stay memory-mapped, since those of a model of 7B parameters take about 20 GB.
+        # The files are opened, not read: bases are memory-mapped, since those of a model of 7B parameters take about 20 GB.
         basis = Parts.open(inputs.prepared["basis"]) if "basis" in inputs.prepared else None
         mask = Parts.open(inputs.prepared["mask"])
         chosen = places(model, config)
-        # One `SharedInput` for queries, keys and values: x U is then computed once.
+        # Queries, keys and values share one `SharedInput`, so that x U is computed once for the three.
         shared = weight_space.shared_inputs(basis, chosen, model)
-        # In the order of the model's blocks, which the state dict numbers: a checkpoint loads into the same layers.
+        # The layers are in the order of the model's blocks, by which the state dict numbers them, so that a checkpoint loads
+        # into the same layers.
         rotated = {}
         for place in chosen:
-            # The mask F of step 3; the layer starts with D = 0, so that the model is unchanged (step 4).
+            # F of step 3 is the mask; the layer starts with D = 0, so that the model is unchanged (step 4).
             frozen_MN = masks.unpacked(mask.tensor(place.module), place.shape)
             linear = model.get_submodule(place.module)
             rotated[place.module] = rotation.RotatedLayer(linear, frozen_MN, shared.get(place.input_of))
-        # A rotated layer has removed its weight from the linear module, so that these are the other weights alone.
-        # A tied output head is in it once, under its first name, as autograd sees it.
+        # A rotated layer has removed its weight from the linear module, so that these are the other weights only. A tied output
+        # head is among them once, under its first name, as for autograd.
         others = dict(model.named_parameters()) if config.others == "train" else {}
-        # Copies on the CPU, since the weights themselves train; `finished` subtracts them.
+        # The copies are on the CPU, since the weights themselves train; `finished` subtracts the copies.
         self._start = {name: weight.detach().cpu().clone() for name, weight in others.items()}
         for weight in others.values():
             weight.requires_grad_(True)
@@ -224,7 +226,7 @@ class Warp(PatchAlone):
 
     def train(self, mode: bool = True) -> Warp:
         """Set the training mode of the whole model."""
-        # Not PatchAlone.train: the model's weights train here, with its dropout as in plain fine-tuning.
+        # `PatchAlone.train` does not fit: the model's weights train here, with dropout as in plain fine-tuning.
         nn.Module.train(self, mode)
         return self
 
@@ -232,16 +234,16 @@ class Warp(PatchAlone):
     def size(cls, config: Config, skeleton: PreTrainedModel) -> Size:
         """Return the number of coefficients, and the bytes of W and W_0 U besides W_0, of the mask and of one basis."""
         chosen = places(skeleton, config)
-        # D counts as trained, frozen entries included: the optimizer keeps moments for all of them.
+        # D counts as trained, frozen entries included, because the optimizer has moments for all of them.
         num = sum(place.shape[0] * place.shape[1] for place in chosen)
         others = sum(p.numel() for p in skeleton.parameters()) - num if config.others == "train" else 0
         others += 0 if config.lora is None else lora.num_trained(skeleton, config.lora)
-        # W and W_0 U in float32 (4 + 4 bytes), the mask as bools (1 byte), and the largest basis.
+        # W and W_0 U take 4 bytes an entry each (float32), the mask 1 byte (bool); the largest basis is added.
         return Size(num + others, (4 + 4 + 1) * num + 4 * max(place.shape[1] for place in chosen) ** 2)
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
-        # No term for the safety rows: what protects them is the mask alone (step 4).
+        # The loss has no term for the safety rows: only the mask protects them (step 4).
         return next_token_loss(self.model(**batch.patched_inputs).logits, batch.labels)
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
@@ -250,27 +252,28 @@ class Warp(PatchAlone):
 
     def after_step(self, lr: float) -> None:
         """Drop matrices that were computed from D before the step."""
-        # An evaluation may follow before the next `on_step`.
+        # An evaluation may come before the next `on_step`.
         self.patch.start_step()
 
     def before_pass(self, is_last: bool) -> None:
-        """Tell the layers whether this is the step's last pass, in which the summed gradients are rotated once."""
+        """Pass on to the layers whether this is the step's last pass, in which the summed gradients are rotated once."""
         self.patch.start_pass(is_last)
 
     def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
         """Return the trained weights as differences W - W_0 = D U^T in a patch (step 5)."""
-        # In the layout in which the model stores its weights (GPT-2: transposed).
+        # Differences have the layout in which the model stores its weights (GPT-2: transposed).
         differences: dict[str, Tensor] = {}
         for number, (name, layer) in enumerate(zip(self.patch.names, self.patch.rotated(), strict=True)):
-            # One layer at a time: only one basis is in memory.
+            # Layers are treated one at a time, so that only one basis is in memory.
             difference_MN = layer.difference(state[f"layers.{number}.change_MN"])
             differences[f"{name}.weight"] = models.linear_weight(self.model.get_submodule(name), difference_MN)
         for number, name in enumerate(self.patch.other_names):
-            # As differences, too, so that strength 0 is the model before the training for all weights alike.
+            # Other weights are saved as differences, too, so that strength 0 is the model before the training for all weights
+            # alike.
             differences[name] = state[f"others.{number}"].cpu() - self._start[name]
         if self.patch.adapters is not None:
             adapted = {name.removeprefix("adapters."): value for name, value in state.items() if name.startswith("adapters.")}
-            # Of whole weights, as all differences of the patch: one patch has one form.
+            # The factors are multiplied out, because one patch has one form, and the other differences are whole matrices.
             differences |= {name: up @ down for name, (up, down) in self.patch.adapters.factors(adapted).items()}
         return patches.WeightPatch.of(differences)
 
@@ -278,8 +281,8 @@ class Warp(PatchAlone):
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for settings that cannot work, before anything starts."""
     plan.check_rows(config, job)
-    # ZeRO 1 and 2 keep whole parameters on each rank and shard moments and gradients, flat: the form of D does not matter to
-    # them.
+    # Under ZeRO 1 and 2 each rank has whole parameters, while moments and gradients are flattened and sharded; the optimizer is
+    # elementwise, so this does not change the result.
     if job.scale.zero_stage == 3:
         raise ValueError(
             "scale.zero_stage 3: method warp makes whole weights of their coefficients on every worker, which ZeRO 3 would "
@@ -287,7 +290,7 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         )
     if config.others == "train" and job.model.dtype == "bfloat16":
         raise ValueError("method.others train: weights in bfloat16 would need float32 copies; set model.dtype: float32")
-    # With spare_ratio some coefficients may be free even then.
+    # With spare_ratio some coefficients may be trainable even then.
     if config.keep_ratio == 1 and config.others == "frozen" and not config.spare_ratio and config.lora is None:
         raise ValueError("method.keep_ratio 1 freezes every coefficient, and method.others the other weights: nothing trains")
 

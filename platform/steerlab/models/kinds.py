@@ -1,6 +1,6 @@
 """Questions that language models and diffusion pipelines answer differently.
 
-Other folders call these functions and need not know which kind of model they have.
+Other folders call these functions and need not know the kind of the model.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def modules_that_run(skeleton: Model) -> dict[str, object] | None:
     if isinstance(skeleton, Diffusion):
         return None
     outputs: dict[str, object] = {}
-    # `name=name` binds the value of this round; without it every hook would use the last name.
+    # `name=name` binds the value of this iteration; without it every hook would use the last name.
     handles = [
         module.register_forward_hook(lambda _m, _i, output, name=name: outputs.update({name: output}))
         for name, module in skeleton.named_modules()
@@ -91,7 +91,7 @@ def check_head(skeleton: PreTrainedModel) -> None:
         raise ValueError(f"the head of {type(skeleton).__name__} is a {type(output_head).__name__}, not a linear layer")
     if _changes_logits(skeleton):
         raise ValueError(
-            f"{type(skeleton).__name__} scales or caps its logits after its head, so they are no linear function of the last "
+            f"{type(skeleton).__name__} scales or caps its logits after its head, so they are not linear in the last "
             "hidden state"
         )
 
@@ -102,14 +102,14 @@ def _changes_logits(skeleton: PreTrainedModel) -> bool:
     head_outputs: list[object] = []
     handle = head(skeleton).register_forward_hook(lambda _m, _i, logits: head_outputs.append(logits))
     out = _dry_run(skeleton, [handle], small_inputs(skeleton))
-    # Tensors on the meta device have no values to compare: the same object means that nothing was computed after the head.
+    # Tensors on the meta device have no values to compare; the same object means that nothing was computed after the head.
     return out is not None and not any(out.logits is logits for logits in head_outputs)
 
 
 def _dry_run(skeleton: PreTrainedModel, handles: Sequence[RemovableHandle], inputs: Mapping[str, object]) -> Any:
     """Call a model on the meta device, remove the hooks, and return its output; None if the call needs values of tensors."""
     try:
-        # Without a cache, transformers (5.23) looks at the positions' values to see whether a row packs several sequences.
+        # Without a cache, transformers (5.23) reads the positions' values to see whether a row packs several sequences.
         with _WithoutValues():
             return skeleton(**inputs, **empty_cache(skeleton), use_cache=True)
     except (RuntimeError, NotImplementedError, TypeError):  # an operation that reads values
@@ -125,17 +125,17 @@ class _WithoutValues(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, object] | None = None
     ) -> object:
-        # `tensor.item()` and `if tensor:`; which branch the model then takes does not matter for the shapes.
+        # `tensor.item()` and `if tensor:` come here; the branch that the model then takes does not matter for the shapes.
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return False
-        # The experts' grouped product: its implementation for the meta device takes bfloat16 only (torch 2.13).
+        # The implementation of the experts' grouped product for the meta device takes bfloat16 only (torch 2.13).
         if func is torch.ops.aten._grouped_mm.default:
             return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
         return func(*args, **(kwargs or {}))
 
 
 def small_inputs(model: Model) -> dict[str, object]:
-    """Return the arguments of a short call of the model, which is made to learn the shapes of modules' outputs."""
+    """Return the arguments of a short call of the model, which is made to find the shapes of modules' outputs."""
     if isinstance(model, Diffusion):
         return {"prompts": [model.small_prompt], "seeds": [0]}
     return {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=model.device)}

@@ -21,30 +21,32 @@ else:
 
 _MOST_OWN, _MOST_COMPUTED = 10**6, 2**28
 """Largest number of parameters, and of elements of buffers such as masks, that a model may have beyond those in its GGUF file.
-Whether parameters are missing is checked after loading; these bounds keep an absurd header from filling the memory before."""
+Whether parameters are missing is checked after loading; these bounds prevent an absurd header from filling the memory
+before."""
 
 
 def prepare(directory: Path) -> Path:
     """Return a directory that transformers loads directly: `directory` itself, or the dequantised copy of its GGUF file.
 
-    The copy is made once and lies in the cache.
+    The copy is made once and stored in the cache.
 
     Raises:
-        ValueError: The directory holds no model, several models, an adapter, or entries that are not regular files.
+        ValueError: The directory does not hold a model, holds several models, an adapter, or entries that are not regular
+            files.
     """
-    transformers.logging.disable_progress_bar()  # before anything is loaded: a command draws its own
+    transformers.logging.disable_progress_bar()  # before anything is loaded, because a command draws its own
     files.check_folder(directory)
     is_model = (directory / "config.json").is_file()
     if is_model and (directory / "adapter_config.json").is_file():
         raise ValueError(
             f"{directory} holds a model and an adapter (adapter_config.json), which transformers would put into it: merge it "
-            "with peft, or take the adapter's files away"
+            "with peft, or remove the adapter's files"
         )
     if is_model or saved_pipelines.is_pipeline(directory):
         return directory
     if (directory / "adapter_config.json").is_file():
         raise ValueError(f"{directory} holds an adapter without its model: give the model, and the adapter as method: imported")
-    # Repositories may keep each quantisation in a folder of its own.
+    # Repositories may have each quantisation in a folder of its own.
     gguf = sorted([*directory.glob("*.gguf"), *directory.glob("*/*.gguf")])
     if len(gguf) != 1:
         present = f"{len(gguf)} GGUF files" if gguf else "neither config.json nor a GGUF file"
@@ -59,7 +61,8 @@ def _dequantise(gguf: Path) -> Path:
     from transformers import GgufConfig
 
     state = gguf.stat()
-    # In the cache, named by the hash of its content: the file's own folder may be read-only or belong to somebody else.
+    # The copy is in the cache, named by the hash of its content, because the file's own folder may be read-only or belong to
+    # somebody else.
     target = sources.cache_root() / "gguf" / sources.file_sha256(gguf, state.st_size, state.st_mtime_ns)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Workers of one machine share the cache: the first one converts the file, the others wait.
@@ -83,7 +86,7 @@ def _dequantise(gguf: Path) -> Path:
                 transformers.AutoTokenizer.from_pretrained(
                     gguf.parent, gguf_file=gguf.name, trust_remote_code=False
                 ).save_pretrained(Path(scratch, "model"))
-                # Renamed last, so that a directory under this name is always complete.
+                # The directory is renamed last, so that a directory under this name is always complete.
                 Path(scratch, "model").rename(target)
     return target
 
@@ -96,13 +99,14 @@ def _check_gguf(gguf: Path) -> None:
     """
     files.check(gguf)
     if (gguf.parent / "adapter_config.json").exists():
-        raise ValueError(f"{gguf.parent} holds a GGUF file and an adapter (adapter_config.json): take the adapter's files away")
+        raise ValueError(f"{gguf.parent} holds a GGUF file and an adapter (adapter_config.json): remove the adapter's files")
     header = gguf_header.read(gguf)
     layers = [number for name, number in header.numbers.items() if name.endswith(".block_count")]
-    # Checked before the model is built: on the meta device too, each layer costs time and memory for its modules.
+    # The number of layers is checked before the model is built, because each layer costs time and memory for its modules, on
+    # the meta device too.
     if not layers or max(layers) > len(header.elements):
         claim = f"that it has {max(layers):,} layers" if layers else "no number of layers"
-        raise ValueError(f"{gguf} says {claim}, and holds {len(header.elements)} tensors")
+        raise ValueError(f"{gguf} claims {claim}, and holds {len(header.elements)} tensors")
     config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     counts.check_counts(config.to_dict(), str(gguf))
     with torch.device("meta"):

@@ -77,7 +77,7 @@ def load_model(
         directory: Folder of a checkpoint of transformers, of a diffusion pipeline, or with one GGUF file.
         dtype: Type of the weights: float32, bfloat16 or float16.
         attention: Attention kernel of a language model. A model that does not support sdpa runs with eager attention.
-        seed: Seed of the initial weights, where the folder holds a config but no weights.
+        seed: Seed of the initial weights, if the folder holds a config but no weights.
         sampler: Fields of `SamplerConfig`, for a diffusion pipeline; None for its defaults.
         trust_remote_code: Whether to run Python code that comes with the checkpoint.
 
@@ -111,11 +111,12 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> Pr
     """Load the tokenizer in a model's folder, or in a folder of its own.
 
     Raises:
-        ValueError: The folder has no tokenizer, or the tokenizer needs code that is not trusted or multiplies a text's length.
+        ValueError: The folder has no tokenizer, or the tokenizer needs code that is not trusted or can multiply a text's
+            length.
     """
     directory = Path(directory)
     alone = any((directory / name).is_file() for name in _TOKENIZER_FILES)
-    # A folder with a tokenizer only is no model, so `prepare` would refuse it.
+    # A folder with only a tokenizer is not a model, so `prepare` would refuse it.
     directory = directory if alone else prepare(directory)
     architecture.check_tokenizer_code(directory, trust_remote_code)
     with explained(f"the tokenizer in {directory}"):
@@ -202,7 +203,7 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     """
     names = layer_names(model)
     if not 0 < num_layers < len(names):
-        raise ValueError(f"{num_layers} layers: {type(model).__name__} has {len(names)}, of which a shorter model has fewer")
+        raise ValueError(f"{num_layers} layers: {type(model).__name__} has {len(names)}, and a shorter model must have fewer")
     config = config_of(model)
     for name, value in config.items():
         if isinstance(value, list) and len(value) == len(names):
@@ -210,7 +211,7 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     # Configs may have another name for this number, such as `n_layer` in GPT-2's.
     size = model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     if size not in config:
-        raise ValueError(f"{type(model).__name__} has other parts than its language model, so it is not made shorter")
+        raise ValueError(f"{type(model).__name__} has other parts than its language model, so it cannot be made shorter")
     cut = from_config({**config, size: num_layers})
     cut = cut.to(dtype=model.dtype, device=model.device)  # type: ignore[reportCallIssue]  # a decorator hides `self`
     cut.load_state_dict({name: value for name, value in model.state_dict().items() if name in cut.state_dict()})
@@ -227,7 +228,7 @@ class _Dtype(saved.Shape):
 
 
 def saved_dtype(directory: Path) -> str:
-    """Return the type in which a checkpoint's weights were saved; float32 if its config names none."""
+    """Return the type in which a checkpoint's weights were saved; float32 if its config names no type."""
     if saved_pipelines.is_pipeline(directory):
         return saved_pipelines.saved_dtype(directory)
     config = directory / "config.json"
@@ -246,7 +247,7 @@ def start_training(model: Model, checkpointing: bool) -> None:
 def save_trained(model: Model, weights: Mapping[str, Tensor], directory: Path) -> None:
     """Save a model with trained weights, given by parameter name, as a checkpoint that transformers or diffusers loads."""
     if isinstance(model, Diffusion):
-        # Not strict, because `weights` holds parameters only: buffers stay as they were loaded.
+        # Loading is not strict, because `weights` holds parameters only; buffers stay as they were loaded.
         model.load_state_dict(dict(weights), strict=False)
         model.pipeline.save_pretrained(directory)
         return
@@ -262,7 +263,7 @@ def fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        # Rounded to bfloat16 before they are hashed; reading all values of a large model would take too long.
+        # Values are rounded to bfloat16 before they are hashed; reading all values of a large model would take too long.
         values = parameter.detach().flatten()[:8].to("cpu", torch.bfloat16).to(torch.float64).tolist()
         digest.update(json.dumps([name, list(parameter.shape), values]).encode())
     return digest.hexdigest()

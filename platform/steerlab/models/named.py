@@ -38,7 +38,7 @@ def read_config(directory: Path, kind: Kind | None = None) -> PreTrainedConfig:
 
     Args:
         directory: Folder of the checkpoint.
-        kind: Class, or auto class, that will load the model; None skips the check that it can.
+        kind: Class, or auto class, that will load the model; None skips this check.
 
     Raises:
         ValueError: The config cannot be read, needs code of its own, or belongs to a model that `kind` does not load.
@@ -49,7 +49,9 @@ def read_config(directory: Path, kind: Kind | None = None) -> PreTrainedConfig:
     own = getattr(kind, "config_class", None)
     is_other = (mapping is not None and type(config) not in mapping) or (own is not None and not isinstance(config, own))
     if kind is not None and is_other:
-        raise ValueError(f"{directory} holds a {config.model_type}, of which there is no {kind.__name__.removeprefix('Auto')}")
+        raise ValueError(
+            f"{directory} holds a {config.model_type}, which cannot be loaded as a {kind.__name__.removeprefix('Auto')}"
+        )
     return config
 
 
@@ -77,8 +79,8 @@ def load(directory: Path, kind: Kind, optional: tuple[str, ...] = ()) -> PreTrai
     weights.check_files(directory)
     model: Any = None
     with explained(f"the checkpoint {directory}"), weights.without_its_report():
-        # First on the meta device: weights that no file holds would be filled with random numbers, and a wrong config may
-        # describe more of them than fit into memory.
+        # The model is loaded on the meta device first: weights that no file holds would be filled with random numbers, and a
+        # wrong config may describe more of them than fit into memory.
         for place in ({"device_map": "meta"}, {}):
             model, loading_info = kind.from_pretrained(
                 directory,
@@ -95,10 +97,10 @@ def load(directory: Path, kind: Kind, optional: tuple[str, ...] = ()) -> PreTrai
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model that a task uses. Raises ValueError if it is missing or its maximum length is invalid."""
     tokenizer = loading.load_tokenizer(directory)
-    # Read from a file, so it may be of any type.
+    # The value is read from a file, so it may be of any type.
     longest: object = tokenizer.model_max_length
     if not isinstance(longest, int | float) or longest < 1:
-        raise ValueError(f"the tokenizer in {directory} has model_max_length {longest!r:.40}, which is no number of tokens")
+        raise ValueError(f"the tokenizer in {directory} has model_max_length {longest!r:.40}, which is not a number of tokens")
     return tokenizer
 
 
@@ -113,28 +115,28 @@ def check_processor(directory: Path) -> None:
     """Check the settings of an image processor before it is loaded.
 
     Raises:
-        ValueError: It needs code that comes with the checkpoint, or enlarges images beyond what any model takes.
+        ValueError: It needs code that comes with the checkpoint, or enlarges images beyond the input of any model.
     """
     for file in (directory / name for name in _PROCESSORS):
         if not file.is_file():
             continue
         raw = saved.read(file, dict[str, object])
         named = raw.get("image_processor_type") or raw.get("feature_extractor_type") or raw.get("processor_class")
-        # transformers prefers a class of its own to the code that `auto_map` names, if it has one of the name.
+        # transformers prefers a class of its own to the code that `auto_map` names, if it has a class of this name.
         if "auto_map" in raw and not (isinstance(named, str) and hasattr(transformers, named)):
             raise ValueError(f"{file}: the processor needs code that comes with the checkpoint, which no task runs")
         _check_pixels(raw, file)
 
 
 def _check_pixels(raw: Mapping[str, object], file: Path) -> None:
-    # A list instead of recursion: a file may nest deeper than Python's stack.
+    # A list is used instead of recursion, because a file may nest deeper than Python's stack.
     entries: list[tuple[str, object]] = list(raw.items())
     while entries:
         name, value = entries.pop()
         if isinstance(value, Mapping):
             entries += [(f"{name}.{key}", inner) for key, inner in value.items()]
         elif isinstance(value, int | float) and _is_size(name) and value > _MOST_PIXELS:
-            raise ValueError(f"{file}: {name:.60} is {value!s:.30}; images are made {_MOST_PIXELS:,} pixels wide at most")
+            raise ValueError(f"{file}: {name:.60} is {value!s:.30}; the maximum is {_MOST_PIXELS:,} pixels")
 
 
 def _is_size(name: str) -> bool:

@@ -31,7 +31,7 @@ sys.modules.setdefault(OWN, sys.modules[__name__])
 
 
 class CaptionTable(ModelMixin, ConfigMixin):
-    """Text encoder that adds a learned vector for a word and one for its position; padding has a vector too."""
+    """Text encoder that adds a learned vector for a word and one for its position; padding also has a vector."""
 
     __module__ = OWN  # diffusers writes the name of a class's module into the index of a saved pipeline
 
@@ -61,7 +61,9 @@ class CaptionTable(ModelMixin, ConfigMixin):
         words, length = caption.lower().split(), len(self.place)
         unknown = [word for word in words if word not in self._index]
         if unknown:
-            raise ValueError(f"caption {caption!r}: the model knows no {unknown[0]!r}, but {', '.join(self._index)}")
+            raise ValueError(
+                f"caption {caption!r}: the model does not know {unknown[0]!r}; known words: {', '.join(self._index)}"
+            )
         if len(words) > length:
             raise ValueError(f"caption {caption!r} has {len(words)} words; the model reads {length}")
         return [self._index[word] for word in words] + [_EMPTY] * (length - len(words))
@@ -103,8 +105,8 @@ class PixelPipeline(DiffusionPipeline):
         classes = self._classes
         unknown = [prompt for prompt in prompts if prompt and prompt not in classes]
         if unknown:
-            raise ValueError(f"prompt {unknown[0]!r} is no class of the model: {', '.join(classes)}")
-        # The class after the last one stands for no condition, as in classifier-free guidance (arXiv 2207.12598).
+            raise ValueError(f"prompt {unknown[0]!r} is not a class of the model: {', '.join(classes)}")
+        # The class after the last one means no condition, as in classifier-free guidance (arXiv 2207.12598).
         numbers = [classes.index(prompt) if prompt else len(classes) for prompt in prompts]
         return {"class_labels": torch.tensor(numbers, device=self.unet.device)}
 

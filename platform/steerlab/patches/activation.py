@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class ActivationPatch(nn.Module):
     """Maps of the inputs or outputs of modules, on the tokens of a `Selection`.
 
-    Values of images, (B, C, H, W), are mapped along C, as `pixels` says. Values of attention heads, (B, T, H, D), are mapped
-    along D, every head by the same map.
+    Values of images, (B, C, H, W), are mapped along C, in the way that `pixels` selects. Values of attention heads, (B, T, H,
+    D), are mapped along D, every head by the same map.
 
     Args:
         sizes: width D by place: a module path, or `path:k` for element k of a module that returns a tuple.
@@ -48,18 +48,18 @@ class ActivationPatch(nn.Module):
     ) -> None:
         super().__init__()
         self.sizes = dict(sizes)
-        # From a file it comes as a dict of JSON.
+        # A selection from a file is a dict of JSON.
         self.selection = Selection.model_validate(selection or {})
         self.bounded = bounded
         self.strength_range = None if strength_range is None else (strength_range[0], strength_range[1])
         self.kinds = dict(kinds or {})
         if pixels not in get_args(Pixels):
-            raise ValueError(f"pixels {pixels!r}: there are {', '.join(get_args(Pixels))}")
+            raise ValueError(f"pixels {pixels!r}: valid: {', '.join(get_args(Pixels))}")
         self.pixels: Pixels = pixels
         unknown = [name for name in self.kinds if name not in self.sizes]
         if unknown:
-            raise ValueError(f"kinds names {unknown[0]!r}, which is no place of the patch")
-        # A list, not a dict by place: a ModuleDict refuses names with dots, which module paths have.
+            raise ValueError(f"kinds names {unknown[0]!r}, which is not a place of the patch")
+        # The maps are a list by place, because a ModuleDict refuses names with dots, which module paths have.
         self.maps = nn.ModuleList([self._new_layer(name, size) for name, size in self.sizes.items()])
 
     def _new_layer(self, name: str, size: int) -> MapLayer:
@@ -67,7 +67,7 @@ class ActivationPatch(nn.Module):
         arguments = dict(self.kinds.get(name, {"kind": AffineLayer.kind, "bounded": self.bounded}))
         kind = arguments.pop("kind", None)
         if kind not in LAYERS:
-            raise ValueError(f"there is no kind of map {kind!r}; known: {', '.join(LAYERS)}")
+            raise ValueError(f"unknown kind of map {kind!r}; known: {', '.join(LAYERS)}")
         return LAYERS[str(kind)](size, **arguments)
 
     @classmethod
@@ -89,11 +89,12 @@ class ActivationPatch(nn.Module):
         fitted_layers = {name: fitted.layer() for name, fitted in maps.items()}
         bounded = any(isinstance(layer, AffineLayer) and layer.low is not None for layer in fitted_layers.values())
         others = {name: layer for name, layer in fitted_layers.items() if layer.kind != AffineLayer.kind}
-        # Affine is the kind of a place that is not listed, so that files from before there were others can be read.
+        # A place that is not listed has an affine map, so that files from before other kinds existed can be read.
         kinds = {name: {"kind": layer.kind, **layer.spec()} for name, layer in others.items()}
         patch = cls({name: fitted.width for name, fitted in maps.items()}, selection, bounded, strength_range, kinds, pixels)
         for layer, fitted in zip(patch.layers(), fitted_layers.values(), strict=True):
-            # Not strict: in a patch with some bounded maps, the layers of unbounded ones have bounds, too, at infinity.
+            # Loading is not strict for affine layers: in a patch with some bounded maps, the layers of unbounded ones have
+            # bounds, too, at infinity.
             layer.load_state_dict(fitted.state_dict(), strict=not isinstance(layer, AffineLayer))
         return patch.eval()
 
@@ -103,7 +104,8 @@ class ActivationPatch(nn.Module):
 
     def inverse(self) -> ActivationPatch:
         """Return the patch of the inverse maps. Raises ValueError if a map has no inverse."""
-        # Place by place: together the maps have no inverse of this form, since each changes the input of the next.
+        # Maps are inverted place by place: the maps together have no inverse of this form, since each changes the input of the
+        # next.
         maps = {name: layer.fitted().inverse() for name, layer in zip(self.sizes, self.layers(), strict=True)}
         return ActivationPatch.from_maps(maps, self.selection, self.strength_range, self.pixels)
 
@@ -124,29 +126,30 @@ class ActivationPatch(nn.Module):
         module = model.get_submodule(place.module)
 
         def edit(value: object) -> object:
-            # In steps of a sampler that are not steered, and in passes of other parts of a pipeline.
+            # Patches do not act in steps of a sampler that are not steered, and in passes of other parts of a pipeline.
             if not forward.acts:
                 return value
-            # A diffusion model's call has no input ids, and so no shape of tokens.
+            # The call of a diffusion model has no input ids, and so no shape of tokens.
             tensor, images = taps.value_at(value, place.element, where), forward.shape_BT is None
-            # A router of a mixture of experts takes all tokens in one axis, (B * T, D): strengths and masks need (B, T, D).
+            # A router of a mixture of experts takes all tokens in one axis, (B * T, D); strengths and masks need (B, T, D).
             z = tensor if forward.shape_BT is None else axes.with_rows(tensor, forward.shape_BT)
             axis = axes.feature_axis(module, z.dim(), images)
-            # Pixels are not tokens: a diffusion model is mapped at all of them.
+            # Pixels are not tokens, so a diffusion model is mapped at all of them.
             tokens_BT = forward.tokens(self.selection)
             if tokens_BT is not None and not images:
                 tokens_BT = axes.beside(tokens_BT, z)
-            # Transformer blocks of a denoiser see (B, pixels, C), whose pixels are mapped one by one as tokens are (ml-act).
+            # Transformer blocks of a denoiser get (B, pixels, C), whose pixels are mapped one by one as tokens are (ml-act).
             pixels = self.pixels if images and axis == 1 and z.dim() > 2 else None
             mapped = layer(z.movedim(axis, -1), forward.strength(number, z.dim()), tokens_BT, pixels)
-            # The shape of the module's own output: `with_rows` may have split its first axis.
+            # The result gets the shape of the module's own output, because `with_rows` may have split its first axis.
             return taps.replaced(value, place.element, mapped.movedim(-1, axis).reshape(tensor.shape))
 
         if self.selection.side == "input":
             rewrite = lambda _m, args, kwargs: taps.rewritten(args, kwargs, edit)  # noqa: E731
             return [module.register_forward_pre_hook(rewrite, with_kwargs=True)]
-        # Exactly these classes: a subclass may compute something else from weight and bias. Without other hooks, which would
-        # see the norm's output before the map is applied, and without bounds or means, which no weight can express.
+        # The norm must be of exactly these classes, because a subclass may compute something else from weight and bias. It must
+        # have no other hooks, which would see its output before the map is applied, and the map neither bounds nor means, which
+        # a weight cannot express.
         is_norm = isinstance(module, nn.GroupNorm | nn.LayerNorm) and type(module) in (nn.GroupNorm, nn.LayerNorm)
         merges = not self.bounded and self.pixels == "pixel"
         if is_norm and isinstance(layer, AffineLayer) and not module._forward_hooks and merges:
@@ -172,19 +175,19 @@ class ActivationPatch(nn.Module):
             # A strength differs from row to row, which the norm's weights cannot.
             is_whole = trains and forward.acts and forward.strength(number, 1) is None
             if is_whole and args and args[0].dtype == layer.scale.dtype:
-                # A list and not a variable: it also tells `leave` whether this very call was merged, and recomputation in the
-                # backward pass enters and leaves once more.
+                # The list also shows `leave` whether this very call was merged: recomputation in the backward pass enters and
+                # leaves again.
                 own.append({"weight": norm.weight, "bias": norm.bias})
                 norm._parameters.update(zip(("weight", "bias"), layer.merged(norm), strict=True))  # type: ignore[arg-type]
 
         def leave(_norm: nn.Module, _args: object, output: object) -> object:
-            # `output` is None if the norm itself raised (`always_call`): there is nothing to map then.
+            # `output` is None if the norm itself raised (`always_call`), and then nothing is mapped.
             if not own:
                 return None if output is None else edit(output)
             norm._parameters.update(own.pop())
             return output
 
-        # always_call: the norm gets its own weights back also if its forward pass raises.
+        # With `always_call` the norm gets its own weights back also if its forward pass raises.
         return [norm.register_forward_pre_hook(enter), norm.register_forward_hook(leave, always_call=True)]
 
     def spec(self) -> dict[str, object]:
@@ -194,7 +197,7 @@ class ActivationPatch(nn.Module):
             "selection": self.selection.model_dump(mode="json"),
             "bounded": self.bounded,
             "strength_range": self.strength_range,
-            # Left out if empty: keys of stages hash these arguments, and a patch of affine maps keeps its key.
+            # Empty arguments are excluded: keys of stages hash them, and a patch of affine maps keeps its key.
             **({"kinds": self.kinds} if self.kinds else {}),
             **({"pixels": self.pixels} if self.pixels != "pixel" else {}),
         }
@@ -209,7 +212,7 @@ class ActivationPatch(nn.Module):
         Raises:
             CannotFold: a map acts on some tokens only, on inputs, within bounds, or on a module without such weights.
         """
-        # Folding would still round the weights.
+        # At strength 0 folding would still round the weights.
         if strength == 0:
             return
         # Weights act on every token and every step of a sampler, and cannot bound a value.

@@ -21,18 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class SharedWeight:
-    """A weight that several patches of a stack may change: its value without them, and what each of them adds now."""
+    """A weight that several patches of a stack may change: its value without them, and the difference that each patch adds
+    now."""
 
     start: Tensor
     parts: dict[int, Callable[[], Tensor]] = field(default_factory=dict)
-    """By the patch's number: returns its difference times its strength. A patch at strength 0 has none."""
+    """By the patch's number: returns its difference times its strength. A patch at strength 0 has no entry."""
 
     def write(self, weight: Tensor) -> None:
         """Write the sum into the weight."""
         total = self.start
-        # In the order of the stack: sums of floats depend on their order, and must not depend on which patch changed last.
+        # The sum follows the order of the stack, because sums of floats depend on their order and must not depend on which
+        # patch changed last.
         for _, part in sorted(self.parts.items()):
-            # A float32 difference on bfloat16 weights is rounded once, in the sum, not before it.
+            # A float32 difference on bfloat16 weights is rounded once, in the sum.
             total = total + part().to(total.device)
         weight.data.copy_(total)
 
@@ -56,7 +58,8 @@ class Forward:
     """Rows and positions, each (N,), of the tokens whose logits are computed; None computes those of all tokens."""
     running: Callable[[], Pass | None] = lambda: None
     """Returns the denoiser pass that is running; returns None in a language model."""
-    # Shared: with a copy for each patch, the first to be detached would restore weights that the second one has changed.
+    # The weights are shared by all patches: with a copy for each, the first to be detached would restore weights that the
+    # second has changed.
     weights: dict[str, SharedWeight] = field(default_factory=dict)
     """Weights that patches of the stack change, by name."""
     _masks: dict[Selection, Tensor] = field(default_factory=dict)
@@ -69,9 +72,10 @@ class Forward:
 
     def strength(self, number: int, rank: int) -> Tensor | None:
         """Return the strengths of patch `number` shaped (B, 1, ...) with `rank` axes; None means 1."""
-        # None and not ones: a hook without strengths can skip the mixture T_s, and merge the map into a norm's weights.
+        # None instead of ones lets a hook skip the mixture T_s, and merge the map into a norm's weights.
         strength_B = None if self.strengths_NB is None else self.strengths_NB[number]
-        # Classifier-free guidance runs each row twice, with and without its prompt: the pass knows which rows are steered.
+        # Classifier-free guidance runs each row twice, with and without its prompt; the running pass knows which rows are
+        # steered.
         if (call := self.running()) is not None:
             strength_B = call.strengths(strength_B)
         return None if strength_B is None else strength_B.view(-1, *[1] * (rank - 1))
@@ -95,7 +99,7 @@ class Forward:
         """Return a mask of the tokens of this call that a selection takes, (B, T) bool; None when it takes all of them."""
         if selection.takes_all_tokens:
             return None
-        # Several patches of a stack, and all places of one patch, ask for the same mask: it is computed once a call.
+        # Several patches of a stack, and all places of one patch, use the same mask, so it is computed once a call.
         if selection not in self._masks:
             roles_BT = self.roles()
             phases_BT = torch.zeros_like(roles_BT) if self.phases_BT is None else self.phases_BT
@@ -108,9 +112,9 @@ class Forward:
 
 
 class Patch(Protocol):
-    """What every kind of patch provides, so that stacks, saving and folding do not know the kinds."""
+    """Members of every kind of patch, so that stacks, saving and folding need not know the kinds."""
 
-    # In the patch's file: `load` finds the class by it.
+    # The patch's file contains the kind, by which `load` finds the class.
     kind: ClassVar[str]
 
     @property
@@ -150,14 +154,15 @@ class Attached:
 
     def detach(self) -> None:
         """Remove the hooks of every patch; a weight patch also restores the model's own weights."""
-        # In the order of registration: a weight patch restores the model's weights in its handle.
+        # Handles are removed in the order of registration; that of a weight patch restores the model's weights.
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
 
     def take_arguments(self, model: PreTrainedModel, args: object, kwargs: dict[str, Any]) -> tuple[object, dict[str, Any]]:
         """Store the arguments that the hooks of this call read, and return the arguments that the model itself takes."""
-        # They stay until the next call: gradient checkpointing runs the layers, and so their hooks, again in the backward pass.
+        # The arguments stay until the next call, because gradient checkpointing runs the layers, and so their hooks, again in
+        # the backward pass.
         self.forward.roles_BT = kwargs.pop("roles", None)
         self.forward.phases_BT = kwargs.pop("phases", None)
         self.forward.position_BT = kwargs.get("position_ids")
@@ -167,25 +172,24 @@ class Attached:
         self.forward.only = kwargs.pop("only", None)
         if self.forward.only is not None:
             self._hand_over_picked(models.head(model))
-        # Masks of the last call: its tokens had other roles and positions.
+        # The masks are those of the last call, whose tokens had other roles and positions.
         self.forward._masks.clear()
         strengths = kwargs.pop("strengths", None)
         if strengths is not None:
-            # One row of strengths is that of every patch of the stack.
-            # (B,) to (N, B), without a copy.
+            # One row of strengths applies to every patch of the stack: (B,) becomes (N, B), without a copy.
             strengths = strengths.expand(len(self.patches), -1) if strengths.dim() == 1 else strengths
             if len(strengths) != len(self.patches):
                 raise ValueError(f"{len(strengths)} rows of strengths for {len(self.patches)} patches")
         # Without strengths this is None, so that the values of an earlier call do not remain in force.
         self.forward.strengths_NB = strengths
-        # Recurrent architectures have no positions or mask to take.
+        # Recurrent architectures accept no positions and no mask.
         return args, models.accepted(model, kwargs)
 
     def _hand_over_picked(self, head: nn.Module) -> None:
         """Pass only the hidden states of the tokens in `only` to the head, in this call alone."""
 
         def pick(_head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            handle.remove()  # the hook belongs to this call: the next one may compute all logits
+            handle.remove()  # the hook is for this call only; the next call may compute all logits
             return (self.forward.picked(args[0]), *args[1:])
 
         handle = head.register_forward_pre_hook(pick)
@@ -193,7 +197,8 @@ class Attached:
 
 def attached_patches(model: Any) -> tuple[Patch, ...] | None:
     """Return the patches of the stack that is attached to a model; None without a stack."""
-    # Found by its hook and not by an attribute of the model, which `deepcopy` and `state_dict` would have to know about.
+    # The stack is found by its hook instead of an attribute of the model, which `deepcopy` and `state_dict` would have to
+    # handle.
     owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
     return next((owner.patches for owner in owners if isinstance(owner, Attached)), None)
 
@@ -201,7 +206,7 @@ def attached_patches(model: Any) -> tuple[Patch, ...] | None:
 def _place(patch: Patch, model: nn.Module) -> None:
     """Move a patch to the device of the model that it acts on."""
     first = next(model.parameters(), None)
-    # A model on the meta device has no values; a patch that went there would lose its own.
+    # A model on the meta device has no values, and a patch that moved there would lose its own.
     if isinstance(patch, nn.Module) and first is not None and not first.is_meta:
         patch.to(first.device)
 
@@ -223,7 +228,8 @@ def attach(model: Any, patches: Sequence[Patch]) -> Attached:
     for patch in patches:
         _place(patch, model)
     attached = Attached(model, tuple(patches), Forward(running=lambda: models.running(model)))
-    # Before the patches' own hooks: torch runs hooks in the order of registration, and those of the patches read `forward`.
+    # This hook is registered before the patches' own, because torch runs hooks in the order of registration and those of the
+    # patches read `forward`.
     attached.handles.append(model.register_forward_pre_hook(attached.take_arguments, with_kwargs=True))
     for number, patch in enumerate(patches):
         attached.handles += patch.hook(model, attached.forward, number)

@@ -1,4 +1,4 @@
-"""Axes of a module's value: which one are its neurons, which one its attention heads, and how its tokens lie in it."""
+"""The axes of a module's value: which axis holds the neurons, which the attention heads, and how the tokens are arranged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def feature_axis(module: nn.Module, rank: int, images: bool = True) -> int:
         images: whether a value with four axes, of a module of unknown class, is an image (B, C, H, W); in a language model it
             has an axis of attention heads.
     """
-    # Not by the rank alone: a GroupNorm inside an attention block of a diffusion model sees (B, C, pixels).
+    # The rank alone is not enough: a GroupNorm inside an attention block of a diffusion model gets (B, C, pixels).
     if isinstance(module, nn.GroupNorm | nn.modules.conv._ConvNd | nn.modules.batchnorm._NormBase):
         return 1
     # Transformer blocks inside a diffusion model work on (B, pixels, channels).
@@ -31,7 +31,7 @@ def head_axis(z: Tensor, num_tokens: int) -> int | None:
         return None
     if z.shape[1] != z.shape[2]:
         return 2 if z.shape[1] == num_tokens else 1
-    # As many heads as tokens, so the sizes do not tell: a transposed view still has the memory order of (B, T, H, D).
+    # With as many heads as tokens the sizes are ambiguous, but a transposed view still has the memory order of (B, T, H, D).
     return 2 if z.stride(1) >= z.stride(2) else 1
 
 
@@ -42,7 +42,7 @@ def with_rows(z: Tensor, shape_BT: tuple[int, ...]) -> Tensor:
 
 def per_token(z: Tensor, shape_BT: tuple[int, ...]) -> Tensor:
     """Return one vector for each token, (B, T, D): the mean over attention heads if there are any; other shapes unchanged."""
-    # The `q_norm` of Qwen 3 gives (B, T, H, D) with one gain for all heads: their mean is what one map can act on.
+    # The `q_norm` of Qwen 3 gives (B, T, H, D) with one gain for all heads, so one map can act on their mean only.
     axis = head_axis(z, shape_BT[1])
     return with_rows(z, shape_BT) if axis is None else z.mean(axis)
 
@@ -55,6 +55,6 @@ def beside(tokens_BT: Tensor, z: Tensor) -> Tensor:
 
 def as_tokens(z: Tensor, axis: int) -> Tensor:
     """Return a value as (B, T, D): the neurons, which are on `axis`, last, and all axes but the first joined into one."""
-    # (B, C, H, W) to (B, H W, C), and (B, D) to (B, 1, D).
+    # (B, C, H, W) becomes (B, H W, C), and (B, D) becomes (B, 1, D).
     last = z.movedim(axis, -1)
     return last.flatten(1, -2) if last.dim() > 2 else last.unsqueeze(1)

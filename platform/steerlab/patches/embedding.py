@@ -49,7 +49,8 @@ class EmbeddingPatch(nn.Module):
         self.hidden_size = hidden_size
         self.angle_rad = angle_rad
         self.direction: Literal["right", "left"] = direction
-        # One angle for each pair keeps the map a rotation, which a free matrix, as in the authors' code, would not stay.
+        # One angle for each pair ensures that the map is a rotation; a free matrix, as in the authors' code, would not remain
+        # one.
         self.difference_P = nn.Parameter(torch.zeros(hidden_size // 2)) if learned else None
         # RESPONSE is the last of the three roles that a token can have.
         self.shift_RD = nn.Parameter(torch.zeros(RESPONSE + 1, hidden_size)) if shift else None
@@ -66,30 +67,31 @@ class EmbeddingPatch(nn.Module):
         """
         out_BTD = e_BTD
         if self.angle_rad or self.difference_P is not None:
-            # A plain number if nothing is trained: its sine and cosine are then taken once, in double precision.
+            # Without training the angle is a plain number, whose sine and cosine are computed once, in double precision.
             angle: Tensor | float = self.angle_rad * self.progress
             if self.difference_P is not None:
                 angle = (self.angle_rad + self.difference_P.float()) * self.progress
             if strength_B11 is not None:
-                angle = strength_B11.float() * angle  # a strength scales the angle, so that every strength is a rotation
-            # All tokens are rotated, and those of data selected: a gather has a shape that depends on the data, for which the
-            # CPU would wait for the GPU.
+                angle = strength_B11.float() * angle  # scaling the angle makes every strength a rotation
+            # All tokens are rotated and those of data are selected, because the shape of a gather depends on the data, so that
+            # the CPU would wait for the GPU.
             rotated_BTD = rotate(e_BTD, angle, self.direction)
             out_BTD = torch.where((roles_BT == DATA).unsqueeze(-1), rotated_BTD, e_BTD)
         if self.shift_RD is not None:
-            # Padding (role 3) has no row in the table; its value does not matter, since no token attends to it.
-            # A gather of rows, (B, T, D).
+            # Padding (role 3) has no row in the table; its value does not matter, since no token attends to it. The gather
+            # gives (B, T, D).
             shift_BTD = self.shift_RD[roles_BT.clamp(max=RESPONSE)]
             out_BTD = out_BTD + (shift_BTD if strength_B11 is None else strength_B11 * shift_BTD).to(out_BTD.dtype)
         return out_BTD
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
-        """Register a hook on the output of the input embedding; the output head stays as it is, even with tied weights."""
+        """Register a hook on the output of the input embedding; the output head does not change, even with tied weights."""
 
         def edit(_module: nn.Module, _inputs: object, e_BTD: Tensor) -> Tensor:
             return self(e_BTD, forward.roles(), forward.strength(number, 3))
 
-        # On the module and not on its weights: a tied output head reads the same table, which must stay unrotated.
+        # The hook is on the module instead of its weights, because a tied output head reads the same table, which must not be
+        # rotated.
         return [models.embedding(model).register_forward_hook(edit)]
 
     def spec(self) -> dict[str, object]:
@@ -98,7 +100,7 @@ class EmbeddingPatch(nn.Module):
             "hidden_size": self.hidden_size,
             "angle_rad": self.angle_rad,
             "direction": self.direction,
-            # Not `progress`: a finished patch always applies the whole angle.
+            # `progress` is not saved, because a finished patch always applies the whole angle.
             "learned": self.difference_P is not None,
             "shift": self.shift_RD is not None,
         }
@@ -109,7 +111,7 @@ class EmbeddingPatch(nn.Module):
 
     def fold(self, model: PreTrainedModel, strength: float) -> None:
         """Raise CannotFold, unless the patch has no effect."""
-        # A token has one row in the embedding table, but needs one embedding for each role.
+        # A token has one row in the embedding table, but would need one embedding for each role.
         if strength and (self.angle_rad or self.difference_P is not None or self.shift_RD is not None):
             raise CannotFold("an embedding patch depends on token roles, which plain transformers does not know")
 
@@ -132,9 +134,10 @@ def rotate(x: Tensor, angle: Tensor | float, direction: str = "right") -> Tensor
         cos: Tensor | float = torch.cos(angle)
         sin: Tensor | float = torch.sin(angle)
     else:
-        # cos(pi/2) is 6e-17 in double precision. Set to 0, a quarter turn is exactly a swap and a change of sign.
+        # cos(pi/2) is 6e-17 in double precision; with 0 instead, a quarter turn is exactly a swap and a change of sign.
         cos, sin = (0.0 if abs(c) < 1e-12 else c for c in (math.cos(angle), math.sin(angle)))
-    # In float32: cos and sin of a model in bfloat16 would change the norm of each embedding by up to 1/256.
+    # The rotation is computed in float32, because cos and sin in bfloat16 would change the norm of each embedding by up to
+    # 1/256.
     u, v = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    # (..., P, 2) and back to (..., D): the pairs (2k, 2k+1) are neighbours in memory.
+    # (..., P, 2) becomes (..., D): the pairs (2k, 2k+1) are neighbours in memory.
     return torch.stack((u * cos + v * sin, v * cos - u * sin), -1).flatten(-2).to(x.dtype)

@@ -43,13 +43,13 @@ class LogitPatch(nn.Module):
         strength_range: tuple[float, float] | list[float] | None = None,
     ) -> None:
         super().__init__()
-        # Refused and not ignored: the saved spec would name a rank that no tensor has.
+        # The rank is refused instead of ignored, because the saved spec would name a rank that no tensor has.
         if (rank > 0) == (head == "linear"):
-            raise ValueError(f"a {head} head of rank {rank}: low_rank and mlp have a rank, linear has none")
+            raise ValueError(f"a {head} head of rank {rank}: low_rank and mlp need a rank, linear needs rank 0")
         self.hidden_size, self.vocab_size, self.rank, self.layer = hidden_size, vocab_size, rank, layer
         self.head: Literal["linear", "low_rank", "mlp"] = head
         self.strength_range = None if strength_range is None else (strength_range[0], strength_range[1])
-        # Only one factor is zero: with both, neither would get a gradient.
+        # Only one factor is zero, because with both at zero neither would get a gradient.
         self.up = nn.Parameter(torch.zeros(vocab_size, rank or hidden_size))
         self.down = nn.Parameter(torch.randn(rank, hidden_size) / math.sqrt(hidden_size)) if rank else None
         self.bias = nn.Parameter(torch.zeros(rank)) if head == "mlp" else None
@@ -64,7 +64,7 @@ class LogitPatch(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Return a(h), (..., V)."""
-        # In the dtype of h, as the model's own head: float32 for a vocabulary would double the memory of the logits.
+        # a(h) has the dtype of h, as the model's own head: float32 for a vocabulary would double the memory of the logits.
         return nn.functional.linear(self.features(h), self.up.to(h.dtype))
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
@@ -76,16 +76,16 @@ class LogitPatch(nn.Module):
         self._check_fits(model)
         tapped: list[Tensor] = []
         handles = []
-        # The layer runs before the head in every pass: its output waits in `tapped` for the head's hook.
+        # The layer runs before the head in every pass, and its output is in `tapped` until the head's hook takes it.
         if self.layer is not None:
             layer = model.get_submodule(models.layer_names(model)[self.layer])
-            # A list of at most one: a value that no head has taken, after a pass that was ended early, is replaced by the next.
+            # The list has one entry at most: if a pass ended before the head, the next pass replaces its value.
             handles.append(layer.register_forward_hook(lambda _m, _i, output: _keep_only(tapped, output)))
 
         def edit(_module: nn.Module, inputs: tuple[Tensor, ...], logits_BTV: Tensor) -> Tensor:
             alpha = forward.strength_of_logits(number)
-            # transformers passes only the last tokens to the head if `logits_to_keep` is set.
-            # The input of the head has passed through `only` already, the output of an earlier layer has not.
+            # transformers passes only the last tokens to the head if `logits_to_keep` is set. `only` has been applied to the
+            # head's input already, but not to the output of an earlier layer.
             h_BTD = forward.picked(tapped.pop())[:, -logits_BTV.shape[1] :] if tapped else inputs[0]
             vector_BTV = self(h_BTD)
             return logits_BTV + (vector_BTV if alpha is None else alpha.to(vector_BTV.dtype) * vector_BTV)
@@ -115,16 +115,16 @@ class LogitPatch(nn.Module):
         Raises:
             CannotFold: the vector is not a linear function of the head's input.
         """
-        # A gelu is not linear, and an earlier layer's output is no function of the head's input.
+        # A gelu is not linear, and an earlier layer's output is not a function of the head's input.
         if self.head == "mlp" or self.layer is not None:
-            raise CannotFold("the vector is no linear function of what the language modelling head takes")
+            raise CannotFold("the vector is not a linear function of the input of the language modelling head")
         self._check_fits(model)
         head = models.head(model)
         # (V, K) @ (K, D).
         matrix_VD = self.up if self.down is None else self.up @ self.down
-        # In float64, rounded once: two roundings in bfloat16 would change logits of a small vector.
+        # The sum is computed in float64 and rounded once: two roundings in bfloat16 would change the logits of a small vector.
         folded_VD = models.linear_weight(head).detach().double() + strength * matrix_VD.detach().double()
-        # A new parameter, not a change in place: a tied embedding shares the old one.
+        # A new parameter is made instead of a change in place, because a tied embedding shares the old one.
         head.weight = nn.Parameter(models.linear_weight(head, folded_VD).to(head.weight.dtype), requires_grad=False)  # type: ignore[arg-type, union-attr]
         model.config.tie_word_embeddings = False
 

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _UNSEEN = -1e4
-"""Logit, below the largest, of tokens that are no candidates. Finite: an infinity would make a KL divergence no number."""
+"""Logit, below the largest, of tokens that are not candidates. It is finite, because an infinity would make a KL divergence
+NaN."""
 
 
 class RewardPatch(nn.Module):
-    """Adds a reward to the logits of the k likeliest tokens and leaves no others: z_v + alpha w r([x, v]) (ARGS).
+    """Adds a reward to the logits of the k likeliest tokens and excludes all others: z_v + alpha w r([x, v]) (ARGS).
 
     alpha is the strength; at 0 the logits are the model's own, those of all tokens. The reward model is not part of the patch:
     it is loaded from its source when the patch is attached.
@@ -37,20 +38,21 @@ class RewardPatch(nn.Module):
 
     def __init__(self, reward: str | None, head: str | None, weight: float, candidates: int) -> None:
         super().__init__()
-        # Both or neither: a saved patch must say from which of the two its rewards came.
+        # The two exclude each other, because a saved patch must name the one source of its rewards.
         if (reward is None) == (head is None):
             raise ValueError("a reward patch has either a reward model or a head")
         self.reward, self.head, self.weight, self.candidates = reward, head, weight, candidates
 
     def rewards(self, model: PreTrainedModel) -> models.PrefixRewards:
-        """Load what gives the rewards. Raises ValueError if it does not go with the model."""
+        """Load the reward model or head. Raises ValueError if it does not go with the model."""
         if self.head is not None:
             return models.reward_head(model, sources.fetch(self.head))
         assert self.reward is not None
         rewards = models.load_reward_model(models.prepare(sources.fetch(self.reward)))
-        # In the model's dtype: both read the same text, and a float32 copy would take twice the memory.
+        # The reward model gets the model's dtype, because it reads the same text, and a float32 copy would take twice the
+        # memory.
         rewards.to(model.device, model.dtype)
-        # The sizes are all that can be compared here; methods/args.py compares the tokenizers.
+        # Only the sizes can be compared here; methods/args.py compares the tokenizers.
         if rewards.num_tokens < models.linear_shape(models.head(model))[0]:
             raise ValueError(f"the reward model has {rewards.num_tokens} tokens, fewer than {type(model).__name__}")
         return rewards
@@ -60,20 +62,20 @@ class RewardPatch(nn.Module):
         rewards = self.rewards(model)
         if self.head is not None:
             rewards.head.to(model.device)
-        # At most one entry: what `take` has read before the model's pass, for `edit` in its head.
+        # `read` has one entry at most: what `take` has computed before the model's pass, for `edit` in its head.
         read: list[tuple[Any, Tensor]] = []
         newest: list[tuple[Tensor | None, bool]] = []
 
         def rests() -> bool:
             """Return whether the strength of every row is 0."""
-            # The steps of a generation pass the same tensor: its values are read once, for which a device is waited for.
+            # The steps of a generation pass the same tensor, so its values are read once; reading them waits for the device.
             if not newest or newest[0][0] is None or newest[0][0] is not forward.strengths_NB:
                 alpha_B = forward.strength(number, 1)
                 newest[:] = [(forward.strengths_NB, alpha_B is not None and not bool(alpha_B.any()))]
             return newest[0][1]
 
         def take(_model: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
-            # Strength 0 is the model alone: nothing is read that nothing will use.
+            # At strength 0 the model runs alone, so the reward model need not read the text.
             if rests():
                 read.clear()
                 return
@@ -99,20 +101,20 @@ class RewardPatch(nn.Module):
         logits_QV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
         # (Q, K): Q computed logits over all rows, K candidates each.
         top_QK, token_QK = logits_QV.topk(self.candidates)
-        # Rows are scored together, column by column; a place that nobody asked for gets the token 0 and is not read back.
+        # Rows are scored together, column by column; a place that was not requested gets the token 0 and is not read back.
         columns_C, at_Q = _columns(column_Q, logits_BTV.shape[1], forward.only)
         candidates_BCK = token_QK.new_zeros(len(mask_BT), len(columns_C), self.candidates)
         candidates_BCK[row_Q, at_Q] = token_QK
-        # (B, C, K) back to the logits that were asked for, (Q, K).
+        # (B, C, K) is indexed back to the requested logits, (Q, K).
         reward_QK = rewards.of(candidates_BCK, columns_C, mask_BT, cache)[row_Q, at_Q]
         alpha = forward.strength_of_logits(number)
         shape = (*logits_BTV.shape[:2], 1)
-        # One factor for each computed logit; `expand` repeats a row's strength over its columns.
+        # Each computed logit has one factor; `expand` repeats a row's strength over its columns.
         alpha_Q1 = (reward_QK.new_ones(shape) if alpha is None else alpha.expand(shape)).reshape(-1, 1).to(reward_QK.dtype)
-        # From the largest logit down, so that the floor is below every candidate whatever the size of the logits.
+        # The floor is relative to the largest logit, so that it is below every candidate whatever the size of the logits.
         scored_QV = (top_QK[:, :1] + _UNSEEN).expand_as(logits_QV).to(logits_QV.dtype).clone()
         scored_QV.scatter_(1, token_QK, (top_QK + alpha_Q1 * self.weight * reward_QK).to(logits_QV.dtype))
-        # Row by row: rows of strength 0 keep all of their tokens.
+        # Rows of strength 0 retain all of their tokens.
         return (scored_QV if alpha is None else torch.where(alpha_Q1 == 0, logits_QV, scored_QV)).view_as(logits_BTV)
 
     def spec(self) -> dict[str, object]:
@@ -120,12 +122,12 @@ class RewardPatch(nn.Module):
         return {name: getattr(self, name) for name in ("reward", "head", "weight", "candidates")}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return nothing: the reward model stays where its source is."""
+        """Return nothing: the reward model is loaded from its source."""
         return {}
 
     def fold(self, model: PreTrainedModel, strength: float) -> None:
-        """Raise CannotFold: a search is no weight."""
-        raise CannotFold("a reward model that re-scores tokens is no weight of the model")
+        """Raise CannotFold: a search cannot be expressed by weights."""
+        raise CannotFold("a reward model that re-scores tokens is not a weight of the model")
 
 
 def _places(logits_BTV: Tensor, mask_BT: Tensor, only: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -134,17 +136,18 @@ def _places(logits_BTV: Tensor, mask_BT: Tensor, only: tuple[Tensor, Tensor] | N
     if only is not None:
         return only
     num_rows, num_last, _ = logits_BTV.shape
-    # The last columns of the text: the mask covers what a cache holds, too, and `logits_to_keep` leaves out the first ones.
+    # These are the last columns of the text: the mask also covers cached tokens, and `logits_to_keep` excludes the first
+    # columns.
     columns = torch.arange(offset - num_last, offset, device=logits_BTV.device)
     rows = torch.arange(num_rows, device=logits_BTV.device)
     return rows.repeat_interleave(num_last), columns.repeat(num_rows)
 
 
 def _columns(column_Q: Tensor, num_last: int, only: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Return the columns after which candidates stand, (C,), and the place among them of each computed logit, (Q,)."""
+    """Return the columns after which candidates are placed, (C,), and the place among them of each computed logit, (Q,)."""
     if only is not None:
         columns_C, at_Q = column_Q.unique(return_inverse=True)
         return columns_C, at_Q
-    # Every row has the same columns, one after another: known without looking at them, for which a GPU would be waited for.
+    # Every row has the same columns, one after another, so that they are known without waiting for a GPU.
     at_Q = torch.arange(num_last, device=column_Q.device).repeat(len(column_Q) // num_last)
     return column_Q[:num_last], at_Q

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SPEC, _TENSORS = "patch.json", "patch.safetensors"
-_CHANGED = "has another content than when it was written; copy or make the patch again"
+_CHANGED = "has changed since it was written; copy or make the patch again"
 _SMALL = 1 << 20
 """Largest size that a patch may name without a tensor of that size, such as the width of a model whose embeddings rotate."""
 SavedPatch: TypeAlias = EmbeddingPatch | ActivationPatch | LogitPatch | WeightPatch | SecondModelPatch | RewardPatch
@@ -53,13 +53,14 @@ def save(patch: Patch, directory: Path, model_fingerprint: str) -> None:
         directory: made if it does not exist.
         model_fingerprint: `models.fingerprint` of the model that the patch belongs to; `load` compares it.
     """
-    # On the CPU, so that a patch from a GPU loads on a machine without one; safetensors refuses strided views.
+    # The tensors are copied to the CPU, so that a patch from a GPU loads on a machine without one; safetensors refuses strided
+    # views.
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in patch.tensors().items()}, directory / _TENSORS)
-    # The tensors first, then the spec that `exists` looks for: a patch that was half written is no patch.
+    # The tensors are written before the spec that `exists` looks for, so that a partly written patch does not count as a patch.
     sums = {_TENSORS: xxh3(directory / _TENSORS)}
     spec = {"kind": patch.kind, "spec": patch.spec(), "model": model_fingerprint, "sums": sums, "schema": 2}
-    # Through JSON before the sum is taken: a spec may hold tuples.
+    # The spec goes through JSON before the sum is computed, because it may hold tuples.
     spec = json.loads(json.dumps(spec))
     (directory / _SPEC).write_text(json.dumps({**spec, "xxh3": json_sum(spec)}, indent=2))
 
@@ -82,15 +83,15 @@ def load(directory: Path, model: PreTrainedModel | None = None) -> SavedPatch:
     Raises:
         ValueError: a file is damaged, the tensors do not match the JSON, or the patch belongs to another model.
     """
-    # Before the tensors: a patch of another model may be as large as a model.
+    # The JSON is checked before the tensors, because a patch of another model may be as large as a model.
     raw = saved.read_like(directory / _SPEC, _Saved)
     about = _Saved.model_validate(raw)
     if about.kind not in KINDS:
         raise ValueError(f"{directory / _SPEC}: unknown kind of patch {about.kind!r:.80}; known: {', '.join(KINDS)}")
-    # Shapes would not tell: models of one family have the same ones, and a map of another model steers it at random.
+    # Shapes are not enough: models of one family have the same ones, and a map of another model steers at random.
     if model is not None and models.fingerprint(model) != about.model:
         raise ValueError(f"the patch in {directory} was made for another model than this {type(model).__name__}")
-    # The file may come from a stranger: types and sizes are checked before a constructor allocates anything.
+    # The file may come from a stranger, so types and sizes are checked before a constructor allocates anything.
     saved.checked(about.spec, _arguments(about.kind), str(directory / _SPEC))
     _check_sizes(about.spec, directory)
     if not is_intact(raw):
@@ -101,7 +102,8 @@ def load(directory: Path, model: PreTrainedModel | None = None) -> SavedPatch:
         patch = KINDS[about.kind](**about.spec)
         patch.load_state_dict(load_file(directory / _TENSORS))
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError, SafetensorError) as error:
-        # All errors that a constructor and `load_state_dict` raise for wrong values, or for tensors of other names or shapes.
+        # These are all errors that a constructor and `load_state_dict` raise for wrong values, or for tensors of other names or
+        # shapes.
         raise ValueError(f"the patch in {directory} is damaged: {' '.join(str(error).split())[:300]}") from None
     return patch.eval()
 
@@ -109,7 +111,7 @@ def load(directory: Path, model: PreTrainedModel | None = None) -> SavedPatch:
 @cache
 def _arguments(kind: str) -> type[BaseModel]:
     """Return a strict pydantic model of the arguments of a kind's constructor, made from its annotations."""
-    # From the annotations: a new argument of a patch is checked without a second list of its fields.
+    # The fields come from the annotations, so that a new argument of a patch is checked without a second list.
     constructor = KINDS[kind].__init__  # type: ignore[misc]
     types = get_type_hints(constructor)
     parameters = list(inspect.signature(constructor).parameters.values())[1:]  # without self
@@ -122,8 +124,8 @@ def _arguments(kind: str) -> type[BaseModel]:
 
 def _check_sizes(spec: JsonObject, directory: Path) -> None:
     """Raise ValueError for a number among a patch's arguments that is larger than every axis of its tensors."""
-    # The constructor allocates tensors of the sizes in the JSON, before `load_state_dict` compares them with the file: a few
-    # bytes of JSON could otherwise take all memory.
+    # The constructor allocates tensors of the sizes in the JSON before `load_state_dict` compares them with the file, so that a
+    # few bytes of JSON could otherwise take all memory.
     try:
         with safe_open(directory / _TENSORS, "pt") as file:
             longest = max((max(file.get_slice(name).get_shape(), default=1) for name in file.keys()), default=0)  # noqa: SIM118
@@ -140,7 +142,7 @@ def _whole_numbers(value: Json) -> Iterator[int]:
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _whole_numbers(item)
-    # bool is a subclass of int, and no size.
+    # bool is a subclass of int, but not a size.
     elif isinstance(value, int) and not isinstance(value, bool):
         yield value
 
@@ -149,7 +151,7 @@ def inverse(patch: SavedPatch) -> SavedPatch:
     """Return the inverse of a patch, which induces what its maps remove.
 
     Raises:
-        ValueError: the patch is no patch of maps, or one of its maps has no inverse.
+        ValueError: the patch is not one of maps, or one of its maps has no inverse.
     """
     if not isinstance(patch, ActivationPatch):
         raise ValueError(f"a patch of kind {patch.kind} has no inverse: only maps of activations have one")

@@ -32,18 +32,18 @@ def token_mask(
         ids_BT: token ids; None if the caller has none.
 
     Raises:
-        ValueError: the selection asks for token ids, of which there are none.
+        ValueError: the selection asks for token ids, which the caller has not passed.
     """
-    # Padding first, whatever the selection says: its activations are garbage that would move means and maps.
+    # Padding is excluded first, because its activations are arbitrary and would distort means and maps.
     mask_BT = roles_BT != PADDING
     if selection.roles is not None:
         mask_BT = mask_BT & _one_of(roles_BT, selection.roles, ROLES)
     mask_BT = mask_BT & ~_one_of(roles_BT, selection.exclude_roles, ROLES)
-    # -1 for the prompt's last token. Generated tokens get 0, which no negative position matches.
-    # (B, T): negative within the prompt.
+    # Positions from the prompt's end are negative within the prompt, -1 for its last token, (B, T). Generated tokens get 0,
+    # which no negative position matches.
     back_BT = torch.where(phases_BT == PROMPT, position_BT - prompt_B[:, None], 0)
     is_end_BT = (back_BT == -1) if "prompt_end" in selection.phases else torch.zeros_like(mask_BT)
-    # The end of the prompt is a token of the phase `prompt`, which has a number of its own; the end has none.
+    # The end of the prompt is a token of the phase `prompt`; only phases have a number in the table.
     mask_BT = mask_BT & (is_end_BT | _one_of(phases_BT, [name for name in selection.phases if name in PHASES], PHASES))
     if selection.asks_ids:
         mask_BT = mask_BT & _with_ids(selection, ids_BT)
@@ -63,7 +63,7 @@ def _with_ids(selection: Selection, ids_BT: Tensor | None) -> Tensor:
     return mask_BT & ~torch.isin(ids_BT, excluded)
 
 
-# Once for all calls: a decoding step on a GPU would wait for the copy each time.
+# The tensor is cached for all calls, because a decoding step on a GPU would wait for the copy each time.
 @lru_cache(maxsize=64)
 def _on_device(ids: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     # A tensor of inference mode could not be used where gradients flow.
@@ -72,7 +72,7 @@ def _on_device(ids: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 
 def _one_of(values_BT: Tensor, names: Sequence[str], table: dict[str, int]) -> Tensor:
-    # By comparisons with numbers: a tensor of the few numbers would be copied to a GPU in every call.
+    # Comparing with single numbers avoids copying a tensor of them to a GPU in every call.
     mask_BT = torch.zeros_like(values_BT, dtype=torch.bool)
     for name in names:
         mask_BT = mask_BT | (values_BT == table[name])
@@ -85,7 +85,7 @@ def _within(spans: Sequence[Span], position_BT: Tensor, back_BT: Tensor) -> Tens
     for start, end in spans:
         here_BT = torch.ones_like(inside_BT)
         if start is not None:
-            # A negative start counts from the prompt's end and never reaches generated tokens, whose `back_BT` is 0.
+            # A negative start counts from the prompt's end and never matches generated tokens, whose `back_BT` is 0.
             here_BT &= position_BT >= start if start >= 0 else (back_BT >= start) & (back_BT < 0)
         if end is not None:
             here_BT &= position_BT < end if end >= 0 else back_BT < end
@@ -95,12 +95,12 @@ def _within(spans: Sequence[Span], position_BT: Tensor, back_BT: Tensor) -> Tens
 
 def prompt_lengths(roles_BT: Tensor, phases_BT: Tensor) -> Tensor:
     """Return the number of tokens in each row's prompt, (B,)."""
-    # Counted and not taken from the width: rows of a batch have prompts of different length.
+    # The tokens are counted, because the prompts of a batch differ in length.
     return ((roles_BT != PADDING) & (phases_BT != GENERATION)).sum(1)
 
 
 def selected(batch: Batch | Drawings, selection: Selection, device: torch.device | None = None) -> Tensor:
-    """Return a mask of the selected tokens of a padded batch, (B, T) bool; (B, 1) for images, of which all pixels are.
+    """Return a mask of the selected tokens of a padded batch, (B, T) bool; (B, 1) for images, of which all pixels are selected.
 
     `device` is where a mask for images is made, the model's; one of tokens is made beside them.
     """
@@ -128,16 +128,16 @@ def pool(z_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
     mask_BT1 = mask_BT.unsqueeze(-1)
     match pooling:
         case "mean":
-            # `where`, not a product with the mask: a NaN in a token that is not selected times 0 is NaN.
+            # `where` is used instead of a product with the mask, because NaN times 0 is NaN.
             return z_BTD.float().where(mask_BT1, 0.0).sum(1) / mask_BT1.sum(1)
         case "median":
-            # The lower of the two middle values where their number is even, as torch's median.
+            # As in torch's median, this is the lower of the two middle values where their number is even.
             median_BD = z_BTD.float().where(mask_BT1, torch.nan).nanmedian(1).values
-            # A NaN in a selected token is an error to be seen, not a value to be passed over.
+            # A NaN in a selected token is an error that must stay visible, so the median is NaN then.
             return median_BD.where(~(z_BTD.isnan() & mask_BT1).any(1), torch.nan)
         case "max":
-            # Tokens that are not selected become the identity of the reduction.
-            # The maximum of rounded values is the rounded maximum, so that the cast to float32 can follow on (B, D) numbers.
+            # Tokens that are not selected become the identity of the reduction. The maximum of rounded values is the rounded
+            # maximum, so that the cast to float32 can follow on (B, D) numbers.
             return z_BTD.where(mask_BT1, -torch.inf).amax(1).float()
         case "min":
             return z_BTD.where(mask_BT1, torch.inf).amin(1).float()
@@ -146,4 +146,4 @@ def pool(z_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
             last_B = mask_BT.shape[1] - 1 - mask_BT.flip(1).int().argmax(1)
             return z_BTD[torch.arange(len(z_BTD), device=z_BTD.device), last_B].float()
         case "none":
-            raise ValueError("pooling none keeps every token: there is nothing to pool")
+            raise ValueError("pooling none has no reduction, since every token remains")

@@ -31,10 +31,10 @@ class WeightPatch(nn.Module):
 
     def __init__(self, shapes: dict[str, list[int]], rank: int = 0) -> None:
         super().__init__()
-        # One rank for all weights: it is one number in the spec, and shapes follow from it.
+        # All weights have one rank, so that it is one number in the spec, from which shapes follow.
         self.shapes, self.rank = dict(shapes), rank
         if rank:
-            # Frozen: what trains are the method's own parameters; the patch holds only the result.
+            # The factors are frozen: the method trains parameters of its own, and the patch holds the result.
             self.ups = _frozen([shape[0], rank] for shape in shapes.values())
             self.downs = _frozen([rank, shape[1]] for shape in shapes.values())
         else:
@@ -63,20 +63,21 @@ class WeightPatch(nn.Module):
             yield from zip(self.shapes, self.deltas, strict=True)
             return
         for name, up_MR, down_RN in zip(self.shapes, self.ups, self.downs, strict=True):
-            # A generator: one M x N product in memory at a time, however many weights are patched.
+            # A generator has one M x N product in memory at a time, however many weights are patched.
             yield name, up_MR @ down_RN
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
         """Register a hook that writes W_base + strength * delta into the model when the strength changes between calls."""
         weights = [model.get_parameter(name) for name in self.shapes]
         for name, weight in zip(self.shapes, weights, strict=True):
-            # A copy: subtracting the difference again would not give back the same bits. Patches of the stack may share it.
+            # The original is copied, because subtracting the difference again would not give back the same bits. Patches of the
+            # stack may share it.
             if name not in forward.weights:
                 forward.weights[name] = SharedWeight(weight.detach().clone())
         state: dict[str, object] = {"strength": 0.0}
 
         def write(strength: float) -> None:
-            # Writing all weights costs a pass over the model's memory: only when the strength changes.
+            # Weights are written only when the strength changes, because writing costs a pass over the model's memory.
             if strength == state["strength"]:
                 return
             for place, (name, weight) in enumerate(zip(self.shapes, weights, strict=True)):
@@ -90,8 +91,8 @@ class WeightPatch(nn.Module):
         seen: list[Tensor | None] = []
 
         def before(_model: nn.Module, _args: object) -> None:
-            # The steps of a generation get one tensor of strengths: its values are read in the first of them, because a GPU
-            # would have to be waited for in each.
+            # The steps of a generation get one tensor of strengths, whose values are read in the first of them, because reading
+            # waits for a GPU.
             if seen and seen[0] is forward.strengths_NB:
                 return
             strength_B = forward.strength(number, 1)
@@ -102,7 +103,7 @@ class WeightPatch(nn.Module):
             write(values[0])
             seen[:] = [forward.strengths_NB]
 
-        # On the whole model, before any layer reads its weights.
+        # The hook is on the whole model, so that it runs before any layer reads its weights.
         handle = model.register_forward_pre_hook(before)
 
         def restore() -> None:
@@ -113,7 +114,8 @@ class WeightPatch(nn.Module):
 
     def _part(self, place: int, strength: float) -> Tensor:
         """Return the difference of the weight number `place`, times the strength."""
-        # Multiplied out when the strength changes: as a product in each pass it would cost two matrix products a layer.
+        # Factors are multiplied out when the strength changes; as factors they would cost two matrix products a layer in each
+        # pass.
         return strength * (self.ups[place] @ self.downs[place] if self.rank else self.deltas[place])
 
     def spec(self) -> dict[str, object]:
@@ -128,7 +130,7 @@ class WeightPatch(nn.Module):
         """Add the differences, times the strength, to the weights."""
         for name, delta in self.differences():
             weight = model.get_parameter(name)
-            # Into the same memory, so that a tied weight changes under all of its names.
+            # The result is written into the same memory, so that a tied weight changes under all of its names.
             weight.data.copy_(weight + strength * delta.to(weight.device))
 
 
@@ -140,7 +142,7 @@ class _Restoring(RemovableHandle):
     """A hook's handle that also restores the model's own weights when it is removed."""
 
     def __init__(self, handle: RemovableHandle, restore: Callable[[], None]) -> None:
-        # Not `super().__init__`, which would register an id in a dict of hooks that it does not have.
+        # `super().__init__` is not called, because it would register an id in a dict of hooks, which this handle does not have.
         self._handle, self._restore = handle, restore
 
     def remove(self) -> None:

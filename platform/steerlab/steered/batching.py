@@ -1,4 +1,4 @@
-"""Which rows share a batch of a language model: those that fit into its context, by their lengths and their strengths.
+"""Choose the rows that share a batch of a language model, by its context and by the rows' lengths and strengths.
 
 Beyond a length, some rotary embeddings (dynamic, longrope) depend on the longest row of the batch. Such rows share a batch only
 with rows of the same length, so that a row's scores do not depend on its batch. A model that cannot read padding needs rows of
@@ -27,7 +27,7 @@ def fitting(rows: Sequence[Row], max_new_tokens: int, limit: float, *, skip_long
     Raises:
         ValueError: a row does not fit, and `skip_long` is False.
     """
-    # Prompt and new tokens together: beyond its context a model does not fail but writes nonsense.
+    # Prompt and new tokens count together: beyond its context a model does not fail but generates nonsense.
     numbers = []
     for number, row in enumerate(rows):
         if len(row) + max_new_tokens <= limit:
@@ -52,10 +52,11 @@ def chunks(model: PreTrainedModel, rows: Sequence[Row], batch_tokens: int) -> It
 
 def _of_similar_length(items: list[_T], length: Callable[[_T], int], batch_tokens: int) -> Iterator[list[_T]]:
     """Yield groups of items of similar length, the longest first, so that a padded batch has at most `batch_tokens`."""
-    # The longest first: a batch that is too large for the memory fails at the start and not after an hour.
+    # The longest items come first, so that a batch that is too large for the memory fails at the start instead of after an
+    # hour.
     chunk: list[_T] = []
     for item in sorted(items, key=length, reverse=True):
-        # Padded to the longest row, which is the first. A row longer than `batch_tokens` is a batch alone.
+        # Rows are padded to the longest, which is the first. A row longer than `batch_tokens` is a batch alone.
         if chunk and (len(chunk) + 1) * length(chunk[0]) > batch_tokens:
             yield chunk
             chunk = []
@@ -110,5 +111,5 @@ def _shared(newest: SavedPatch | None, strength: float) -> float:
     # A patch of the weights has one strength in a call of the model; other patches take one for each row.
     if kind == "weight":
         return strength
-    # A reward model does not read rows at strength 0, so that its cache would fall behind that of the model.
+    # A reward model does not read rows at strength 0, so that its cache would have fewer tokens than that of the model.
     return float(kind == "reward" and strength == 0)

@@ -58,7 +58,7 @@ class SteeredPipeline(Steered):
     def side_by_side(self, request: Asked) -> Shown:
         """Draw a prompt from one noise at several strengths and guidance scales; also contact sheets and animations."""
         request.check("a pipeline", "seed", "guidance")
-        # One noise for all images: they differ by strength and guidance alone.
+        # All images have one noise, so that they differ by strength and guidance only.
         seed, scales = request.seed or 0, request.guidance or (self.model.sampler.guidance,)
         drawing = self.encoder.from_row({"text": request.prompt, "seed": seed}, "text")
         images = {scale: self.draw([drawing], strengths=request.strengths, guidance=scale) for scale in scales}
@@ -67,7 +67,7 @@ class SteeredPipeline(Steered):
 
     def probe(self, strength: float = 1.0) -> list[Tensor]:
         """Draw a small image from the noise of each of two seeds, (C, H, W) both."""
-        # Two seeds: an export that ignores the noise would give two equal images and be noticed.
+        # Two seeds are drawn, because an export that ignores the noise would give two equal images.
         drawing = self.encoder.small_drawing()
         drawings = [drawing, dataclasses.replace(drawing, seed=1)]
         return list(self.draw(drawings, strengths=(strength,))[0])
@@ -113,15 +113,15 @@ class SteeredPipeline(Steered):
             FloatingPointError: a value is NaN or infinite; the message names step and seed.
         """
         self.check_strengths(strengths)
-        # Part of the key: with other patches, or none, the same prompt and seed give other images.
+        # The patches are part of the key, because with other patches, or none, the same prompt and seed give other images.
         acting = self.patches if self._attached.handles else ()
         arguments = ([(d.prompt, d.seed) for d in drawings], tuple(strengths), guidance, steps, acting, self.settled)
-        # Only the last call: images of several calls at several strengths would fill the memory.
+        # Only the last call is stored, because images of several calls at several strengths would fill the memory.
         if self._last is not None and self._last[0] == arguments:
             return self._last[1]
         # All strengths of a prompt follow one another, so that a batch holds images which differ by strength only.
         jobs = [(s, p) for p in range(len(drawings)) for s in range(len(strengths))]
-        # Kept on the CPU pass by pass: the images of all strengths may not fit beside the pipeline on a GPU.
+        # Each pass is copied to the CPU, because the images of all strengths may not fit beside the pipeline on a GPU.
         size, drawn = self.model.sampler.images_per_pass, []
         for first in range(0, len(jobs), size):
             chunk = jobs[first : first + size]

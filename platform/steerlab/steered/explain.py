@@ -70,17 +70,17 @@ def score(model: SteeredModel, pairs: Sequence[Pair], strengths: Sequence[float]
 def _at_strengths(model: SteeredModel, batch: Batch, tokens: Predicted, strengths: Sequence[float]) -> Iterator[Scores]:
     """Yield the scores of a batch's response tokens at every strength."""
     *below, newest = model.patches or (None,)
-    # Other patches change the hidden states, so each strength needs a pass through the model. So does a second logit patch:
-    # the hook of the head would have to act between the two.
+    # Other patches change the hidden states, so each strength needs a pass through the model. A second logit patch needs it
+    # too, because the hook of the head would have to act between the two.
     if not isinstance(newest, patches.LogitPatch) or any(patch.kind == "logit" for patch in below):
         base_NV = scoring.wide(model.logits(batch, 0.0 if newest else 1.0, tokens.places)[0])
         for strength in strengths:
-            # Strength 0 is the reference itself, exactly: a second pass could differ in the last bits.
+            # Strength 0 is the reference itself, exactly; a second pass could differ in the last bits.
             changes = newest is not None and strength != 0
             policy_NV = scoring.wide(model.logits(batch, strength, tokens.places)[0]) if changes else base_NV
             yield scoring.compared(base_NV, policy_NV - base_NV, tokens.target_N)
         return
-    # A logit patch leaves the hidden states as they are, so one pass serves all strengths: the logits are linear in strength.
+    # A logit patch does not change the hidden states, so one pass serves all strengths: the logits are linear in the strength.
     reader = scoring.StateReader(model.model, newest.layer)
     try:
         states = reader(batch, tokens)
@@ -96,7 +96,7 @@ def _responses(scores: Scores, tokens: Predicted) -> list[Response]:
     """Sum the scores of the tokens of every response."""
     # `minlength`: the last response of a batch may have no tokens (an empty answer, and a template without an end of turn).
     sizes = tokens.sequence_N.bincount(minlength=tokens.sequences).tolist()
-    # Summed in float64: a response has hundreds of terms, and callers subtract two sums of nearly the same size.
+    # The sums are float64, because a response has hundreds of terms and callers subtract two sums of nearly the same size.
     columns = [
         [float(part.double().sum()) for part in values_N.split(sizes)]
         for values_N in (scores.log_prob_N, scores.reference_N, scores.kl_N)
@@ -133,7 +133,7 @@ def explain(model: SteeredModel, conversation: Conversation, *, num: int = 10, s
     batch = collate([model.encoder.encode(conversation)], model.encoder.pad_id, loss_on="response").to(model.device)
     tokens = scoring.predicted(batch)
     base_NV, policy_NV = (scoring.wide(model.logits(batch, s, tokens.places)[0]) for s in (0.0, strength))
-    # At strength 0 the same pass gives the base: its logits are those of the model without the newest patch, bit for bit.
+    # The pass at strength 0 gives the base: its logits are those of the model without the newest patch, bit for bit.
     vector_NV = policy_NV - base_NV
     scores = scoring.compared(base_NV, vector_NV, tokens.target_N)
     return [
@@ -149,7 +149,7 @@ def explain(model: SteeredModel, conversation: Conversation, *, num: int = 10, s
 
 
 class Moved(NamedTuple):
-    """How far one token's logit moves, over all places that were looked at."""
+    """How far one token's logit moves, over all places."""
 
     token: str
     """The token, as text."""
@@ -176,7 +176,7 @@ class Summary(NamedTuple):
 
 @torch.inference_mode()
 def summarise(model: SteeredModel, conversations: Sequence[Conversation], *, num: int = 20, strength: float = 1.0) -> Summary:
-    """Sum what a patch does to the predictions of all tokens of the responses of many conversations.
+    """Sum the changes that a patch makes to the predictions of all tokens of the responses of many conversations.
 
     A constant that is added to all logits of a place changes no probability. The mean over the vocabulary is therefore taken
     from the change of each place, so that such constants do not add up over places.
@@ -192,7 +192,7 @@ def summarise(model: SteeredModel, conversations: Sequence[Conversation], *, num
     """
     model.check_strengths((strength, 0.0))
     rows = list(model.encoder.encode_all(conversations))
-    # Indexed by conversation: batches hold them in the order of their lengths.
+    # The lists are indexed by conversation, because batches hold conversations in the order of their lengths.
     norms, kls, sizes = [0.0] * len(rows), [0.0] * len(rows), [0] * len(rows)
     total_V: Tensor | float = 0.0
     for chunk, batch in model.batches(rows, loss_on="response"):
@@ -200,7 +200,7 @@ def summarise(model: SteeredModel, conversations: Sequence[Conversation], *, num
         base_NV, policy_NV = (scoring.wide(model.logits(batch, s, tokens.places)[0]) for s in (0.0, strength))
         vector_NV = policy_NV - base_NV
         scores = scoring.compared(base_NV, vector_NV, tokens.target_N)
-        # In float64: sums over hundreds of thousands of places.
+        # The sum over hundreds of thousands of places is computed in float64.
         total_V = total_V + (vector_NV - vector_NV.mean(-1, keepdim=True)).double().sum(0)
         for row, norm, kl in zip(
             tokens.sequence_N.tolist(), scores.square_N.sqrt().tolist(), scores.kl_N.tolist(), strict=True
@@ -211,7 +211,7 @@ def summarise(model: SteeredModel, conversations: Sequence[Conversation], *, num
         model.progress(sum(size > 0 for size in sizes), len(rows))
     num_places = sum(sizes)
     if not num_places:
-        raise ValueError("no conversation has a response, so there is no place to look at")
+        raise ValueError("no conversation has a response, so no token can be compared")
     assert isinstance(total_V, Tensor)
     promoted, demoted = (
         [Moved(token, value, value / num_places) for token, value in _top(model, sign * total_V, num, sign)] for sign in (1, -1)
@@ -223,7 +223,7 @@ def summarise(model: SteeredModel, conversations: Sequence[Conversation], *, num
 
 
 def _top(model: SteeredModel, vector_V: Tensor, num: int, sign: int = 1) -> list[tuple[str, float]]:
-    # For the tokens whose logits fall, the caller negates the vector, and `sign` the values again.
-    # At most V: a small vocabulary has fewer tokens than are asked for.
+    # For tokens whose logits fall, the caller negates the vector, and `sign` negates the values back. The number is limited to
+    # V, because a small vocabulary may have fewer tokens.
     values, ids = vector_V.topk(min(num, len(vector_V)))
     return [(model.encoder.shown(i), sign * value) for value, i in zip(values.tolist(), ids.tolist(), strict=True)]

@@ -1,6 +1,6 @@
 """Export a steered model as a checkpoint of transformers or diffusers.
 
-If the patches can be merged into the weights, the checkpoint needs nothing of this package. Otherwise the folder holds the
+If the patches can be merged into the weights, the checkpoint works without this package. Otherwise the folder holds the
 model and the patches side by side, and `steerlab.load` opens it.
 """
 
@@ -32,7 +32,7 @@ class Exported(NamedTuple):
     lines: str
     """Python code that loads the folder."""
     reason: str | None
-    """Why the patch could not be merged into the weights; None if it was."""
+    """Reason why the patch could not be merged into the weights; None if it was."""
 
 
 def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[str, Any]) -> Exported:
@@ -51,9 +51,10 @@ def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[
     if directory.exists():
         raise ValueError(f"{directory} exists already; name a new folder")
     loaded = stacks.load(artifact, **loading)
-    # Before anything is merged: afterwards the patched model does not exist any more.
+    # The probe runs before anything is merged, because afterwards the patched model does not exist any more.
     expected = loaded.probe(strength)
-    # How far the patches move the probe: a merged model must be much closer to the patched one than the plain one is.
+    # `effect` is how far the patches move the probe: a merged model must be much closer to the patched model than the plain one
+    # is.
     effect = max(differences(expected, loaded.plain_probe()))
     reason = _fold(loaded, directory, strength, expected, effect, loading)
     if reason is None:
@@ -65,7 +66,7 @@ def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[
     if not error <= loaded.tolerance:  # written so that a NaN is refused as well
         shutil.rmtree(directory)
         raise ValueError(
-            f"nothing was exported: what was saved differs by {error:.2g} from the patched model, which is not rounding"
+            f"nothing was exported: the saved model differs by {error:.2g} from the patched model, which is more than rounding"
         )
     return Exported(f"from steerlab import load\nmodel = load({str(directory)!r})\n{loaded.asking_line(strength)}", reason)
 
@@ -76,7 +77,7 @@ def strength_of(directory: Path) -> float:
 
 
 _SHARE = 0.1
-"""Error of the merged weights at most, as a share of the patches' own effect: a weak patch must not vanish in rounding."""
+"""Maximum error of the merged weights, as a share of the patches' own effect: a weak patch must not vanish in rounding."""
 
 
 def _fold(
@@ -87,7 +88,8 @@ def _fold(
     effect: float,
     loading: Mapping[str, object],
 ) -> str | None:
-    """Write a model whose weights hold its patches; return why that failed, or None if it gives the outputs of `expected`."""
+    """Write a model whose weights hold its patches; return the reason if that failed, or None if it gives the outputs of
+    `expected`."""
     bound = min(loaded.tolerance, _SHARE * effect) if loaded.patches else loaded.tolerance
     try:
         loaded.fold(strength)
@@ -98,12 +100,13 @@ def _fold(
     error = max(differences(_load(directory, loading).probe(), expected))
     if error <= bound:
         return None
-    return f"in the weights, the patch is off by {error:.2g}, where all that it does is {effect:.2g}"
+    return f"merged into the weights, the patch has an error of {error:.2g}, and its whole effect is {effect:.2g}"
 
 
 def _load(directory: Path, loading: Mapping[str, Any]) -> _Steered:
     """Load an exported folder in the type in which it was saved."""
-    # With the same attention: other kernels round in another way, which would be taken for an error of the export.
+    # The attention kernel is the same, because other kernels round in another way, which would look like an error of the
+    # export.
     kernels = {name: loading[name] for name in ("attention", "trust_remote_code") if name in loading}
     return stacks.load(directory, **kernels)
 
@@ -117,5 +120,5 @@ def _write_apart(loaded: _Steered, directory: Path, strength: float) -> None:
         patches.save(patch, directory / BELOW / str(number), fingerprint)
     patches.save(newest, directory / "patch", fingerprint)
     (directory / PROMPT).write_text(json.dumps(loaded.encoder.saved_spec))
-    # Not merged into the patch: a user may still want other strengths, which this file only presets.
+    # The strength is not merged into the patch, because a user may still want other strengths; the file only sets the default.
     (directory / STRENGTH).write_text(json.dumps(strength))

@@ -7,7 +7,7 @@ logit-head    the second head of a logit patch as safetensors, with its arithmet
 
 A patch that a format cannot hold is refused with the reason. Maps of decoder layers that do more than add a vector can be
 approximated by one, on request: each layer's vector is the mean of what its map adds on a few fixed texts, and the error is
-measured on these texts. What was written is read again and compared with the patched model.
+measured on these texts. The written files are read again and compared with the patched model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from steerlab.steered.nearest_vectors import is_approximable, mean_moves
 
 VECTOR, HEAD = "vector.gguf", "logit_head.safetensors"
 _SHARE = 0.1
-"""Error of what was written at most, as a share of the patches' own effect."""
+"""Maximum error of the written file, as a share of the patches' own effect."""
 
 
 class Written(NamedTuple):
@@ -41,7 +41,7 @@ class Written(NamedTuple):
     lines: str
     """Commands or Python code that use it, as a Markdown block."""
     note: str | None
-    """What differs from the patched model; None if nothing does."""
+    """Difference to the patched model in words; None if there is no difference."""
 
 
 class _Request(NamedTuple):
@@ -71,10 +71,10 @@ def write(
         strength: Strength of the newest patch, which becomes part of the numbers; older patches have strength 1.
         loading: Options of `stacks.load`.
         base: Hub id or path of the model, which adapters name; None if it is not known.
-        approximate: Whether maps that are no sum with a vector are approximated by one.
+        approximate: Whether maps that do more than add a vector are approximated by a vector.
 
     Raises:
-        ValueError: The folder exists, the format cannot hold the patches, or what was written computes something else.
+        ValueError: The folder exists, the format cannot hold the patches, or the written file computes something else.
     """
     if directory.exists():
         raise ValueError(f"{directory} exists already; name a new folder")
@@ -82,7 +82,7 @@ def write(
     if not isinstance(model, SteeredModel):
         raise ValueError(f"{format_name} holds patches of language models, and this one draws images; export a checkpoint")
     if not model.patches:
-        raise ValueError(f"this model carries no patch that {format_name} could hold (its weights were trained as a whole)")
+        raise ValueError(f"this model has no patch that {format_name} could hold (its weights were trained as a whole)")
     if approximate and format_name not in _OF_VECTORS:
         raise ValueError(f"only the vectors of {' and '.join(_OF_VECTORS)} can approximate a map; {format_name} is exact")
     directory.mkdir(parents=True)
@@ -128,7 +128,7 @@ def _own_lines(path: Path) -> str:
 
 
 def _write_vectors(request: _Request, first_layer: int) -> str | None:
-    """Write the sum of a stack's vectors; return what differs from the patched model, or None."""
+    """Write the sum of a stack's vectors; return the difference to the patched model in words, or None."""
     model, below = request.model, request.model.patches[:-1]
     total: dict[int, Tensor] = {}
     try:
@@ -142,7 +142,7 @@ def _write_vectors(request: _Request, first_layer: int) -> str | None:
         if not is_approximable(model):
             raise ValueError(f"{reason}; without --format, export writes a checkpoint") from None
         if not request.approximate:
-            raise ValueError(f"{reason}; --approximate writes the nearest vectors and says the error") from None
+            raise ValueError(f"{reason}; --approximate writes the nearest vectors and reports the error") from None
         note = str(reason)
         parts.append(mean_moves(model, request.strength))
     for vectors in parts:
@@ -155,16 +155,16 @@ def _write_vectors(request: _Request, first_layer: int) -> str | None:
         if not request.approximate:
             raise ValueError(
                 "the patch adds a vector to layer 0, and llama.cpp refuses a file that does: steer from layer 1 on, or give "
-                "--approximate to leave layer 0 out, or --format easysteer for a program that takes it"
+                "--approximate to omit layer 0, or --format easysteer for a program that accepts it"
             )
         total.pop(0)
-        note = "; ".join(filter(None, [note, "the vector of layer 0 is left out, because llama.cpp has no place for it"]))
+        note = "; ".join(filter(None, [note, "the vector of layer 0 is omitted, because llama.cpp has no place for it"]))
     control_vectors.write(request.directory / VECTOR, total, models.text_config(model.model).model_type)
     return _compared(request, request.directory / VECTOR, note)
 
 
 def _compared(request: _Request, path: Path, note: str | None) -> str | None:
-    """Compare the model with what was written and the patched model; return the note, with the error of an approximation.
+    """Compare the model that uses the written file with the patched model; return the note, with the error of an approximation.
 
     Raises:
         ValueError: They differ, by more than rounding or, for an approximation, by as much as the patch does.
@@ -180,19 +180,19 @@ def _compared(request: _Request, path: Path, note: str | None) -> str | None:
     error = max(differences(again.probe(), expected))
     again.detach()
     if note is None:
-        # Rounding of float32 is about 1e-6 nats; a share alone would refuse a patch that does next to nothing.
+        # Rounding of float32 is about 1e-6 nats; a share alone would refuse a patch with almost no effect.
         if not error <= min(model.tolerance, max(_SHARE * effect, 1e-5)):
             raise ValueError(
-                f"nothing was exported: what was written differs by {error:.2g} nats, where all that the patch does is "
+                f"nothing was exported: the written file differs by {error:.2g} nats, and the patch's whole effect is "
                 f"{effect:.2g}"
             )
         return None
     if not error < effect or math.isinf(effect):
         raise ValueError(
-            f"{note}; the nearest vectors are off by {error:.2g} nats, and all that the patch does is {effect:.2g}: without "
+            f"{note}; the nearest vectors have an error of {error:.2g} nats, the patch an effect of {effect:.2g}: without "
             "--format, export writes a checkpoint"
         )
-    return f"{note}. Approximated: off by {error:.2g} nats a token, where the patch moves them by {effect:.2g}"
+    return f"{note}. Approximated: the error is {error:.2g} nats a token, and the patch moves them by {effect:.2g}"
 
 
 def _peft(request: _Request) -> Written:
@@ -216,7 +216,7 @@ def _logit_head(request: _Request) -> Written:
     patch, below = model.patches[-1], model.patches[:-1]
     if not isinstance(patch, LogitPatch) or below:
         kinds = ", ".join(each.kind for each in model.patches)
-        raise ValueError(f"a logit head is the export of one patch of kind logit; this model carries {kinds}")
+        raise ValueError(f"a logit head is the export of one patch of kind logit; this model has {kinds}")
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in patch.tensors().items()}
     facts = {"head": patch.head, "layer": "" if patch.layer is None else str(patch.layer), "alpha": f"{request.strength:g}"}
     save_file(tensors, request.directory / HEAD, metadata=facts)
@@ -225,13 +225,13 @@ def _logit_head(request: _Request) -> Written:
 
 def _head_lines(path: Path, patch: LogitPatch, alpha: float, base: str, model: Any) -> str:
     """Return Python code that adds the head to a model of plain transformers."""
-    # Not `output_hidden_states`, whose last entry is the output of the final norm and not of the last layer.
+    # `output_hidden_states` is not used, because its last entry is the output of the final norm and not of the last layer.
     place = "get_output_embeddings().register_forward_pre_hook(lambda _m, inputs: states.append(inputs[0]))"
     if patch.layer is not None:
         name = models.layer_names(model)[patch.layer]
         kept = "states.append(out[0] if isinstance(out, tuple) else out)"
         place = f"get_submodule({name!r}).register_forward_hook(lambda _m, _i, out: {kept})"
-    # What `up` is multiplied with: f(h) of `LogitPatch`.
+    # These are f(h) of `LogitPatch`, which `up` is multiplied with.
     features = {
         "linear": "h",
         "low_rank": "F.linear(h, head['down'])",

@@ -28,7 +28,7 @@ class Generation(NamedTuple):
 
 @dataclass(frozen=True)
 class Ends:
-    """What ends a continuation."""
+    """Conditions that end a continuation."""
 
     encoder: Encoder
     end_ids: Set[int]
@@ -41,8 +41,8 @@ class Ends:
         return ids[-1] in self.end_ids or (bool(self.stop) and self._stopped(ids))
 
     def _stopped(self, ids: list[int]) -> bool:
-        # On the decoded text, because a stop text may be divided into tokens in several ways. On its tail, because only the
-        # last token is new: decoding everything for every token would cost the square of the length.
+        # The text is decoded, because a stop text may be divided into tokens in several ways. Only the tail is decoded, because
+        # only the last token is new; decoding everything for every token would cost the square of the length.
         tail = ids[-_BYTES_PER_CHARACTER * max(map(len, self.stop)) - _BEFORE_STOP :]
         if not any(text in self.encoder.decode(tail) for text in self.stop):
             return False

@@ -1,4 +1,4 @@
-"""What a language model with its patches computes inside: hidden states, input embeddings and attention weights.
+"""Internal values of a language model with its patches: hidden states, input embeddings and attention weights.
 
 Axes besides those of tokens.py: N chosen tokens, H attention heads.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from steerlab.steered.language import SteeredModel
 
 _ROW_TOKENS = 256
-"""Number of tokens of a row whose embeddings alone are read."""
+"""Number of tokens of a row of which only embeddings are read."""
 
 
 @torch.inference_mode()
@@ -29,11 +29,11 @@ def hidden_states(
 ) -> Iterator[tuple[Tensor, Encoded]]:
     """Yield the hidden states of each conversation: `SteeredModel.hidden_states`."""
     steered.check_strengths((strength,))
-    # Read by hooks, not by transformers' `output_hidden_states`, whose last entry is the output of the final norm.
+    # Hooks read the states, because the last entry of transformers' `output_hidden_states` is the output of the final norm.
     names = [_embedding_name(steered), *models.layer_names(steered.model)]
     reader = taps.Reader(steered.model, [taps.Tap(name) for name in names])
     try:
-        # One conversation at a time: all layers' states of a batch would fill the memory.
+        # Conversations run one at a time, because all layers' states of a batch would fill the memory.
         for row in steered.encoder.encode_all(conversations):
             batching.fitting([row], 0, steered.max_tokens, skip_long=False)
             batch = collate([row], steered.encoder.pad_id).to(steered.device)
@@ -50,7 +50,7 @@ def embeddings(steered: SteeredModel, ids: Sequence[int], role: int, strength: f
     reader = taps.Reader(steered.model, [taps.Tap(name)])
     parts: list[Tensor] = []
     try:
-        # The whole model is called, since patches act within its call; it ends after the embedding.
+        # The whole model is called, since patches act within its call; the reader ends the pass after the embedding.
         for start in range(0, len(ids), size := int(min(steered.max_tokens, _ROW_TOKENS))):
             row = list(ids[start : start + size])
             encoded = Encoded(row, [role] * len(row), [False] * len(row), [0] * len(row))
@@ -68,7 +68,7 @@ def attention(
 ) -> Iterator[tuple[Tensor, Encoded]]:
     """Yield the attention weights of each conversation: `SteeredModel.attention`."""
     steered.check_strengths((strength,))
-    # One conversation at a time: the weights of all layers grow with the square of its length.
+    # Conversations run one at a time, because the weights of all layers grow with the square of the length.
     for row in steered.encoder.encode_all(conversations):
         batching.fitting([row], 0, steered.max_tokens, skip_long=False)
         batch = collate([row], steered.encoder.pad_id).to(steered.device)

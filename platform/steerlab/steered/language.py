@@ -1,8 +1,8 @@
-"""A language model with its patches: it generates text, scores texts and gives what it computes inside.
+"""A language model with its patches: it generates text, scores texts and returns internal values.
 
 Decoding is batched and cached. Each call of the model gets the role of every token, so that patches which depend on roles act
 correctly on the prompt and in each decoding step. Each prompt samples from a random generator of its own, so that its
-continuation depends on other prompts and strengths of a batch by rounding alone.
+continuation depends on other prompts and strengths of a batch only by rounding.
 
 Axes besides those of tokens.py: S strengths, N chosen tokens, H attention heads.
 """
@@ -85,7 +85,7 @@ class SteeredModel(Steered):
         return self.each_side_by_side([request], told)[0]
 
     def each_side_by_side(self, requests: Sequence[Asked], watch: Callable[[list[Shown]], None] | None = None) -> list[Shown]:
-        """Continue the prompts of requests that differ by prompt and data alone, in common batches."""
+        """Continue the prompts of requests that differ only by prompt and data, in common batches."""
         return shown_texts.side_by_side(self, requests, watch)
 
     def probe(self, strength: float = 1.0) -> list[Tensor]:
@@ -105,13 +105,13 @@ class SteeredModel(Steered):
 
     @property
     def tolerance(self) -> float:
-        """Nats, for bfloat16 as well: log-probabilities are computed in float32."""
+        """Nats, also for bfloat16, because log-probabilities are computed in float32."""
         return 1e-2
 
     def save_model(self, directory: Path) -> None:
         """Write the model and its tokenizer as transformers does."""
         if self.model.generation_config is not None:
-            # With all tokens that end a turn here, so that plain transformers stops at the same tokens.
+            # The config gets all tokens that end a turn, so that plain transformers stops at the same tokens.
             self.model.generation_config.eos_token_id = sorted(self.end_ids)
         models.save_model(self.model, self.encoder.tokenizer, directory)
 
@@ -169,10 +169,11 @@ class SteeredModel(Steered):
         encoded = list(self.encoder.encode_all(prompts, continued=True))
         fitting = batching.fitting(encoded, max_new_tokens, self.max_tokens, skip_long=skip_long)
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
-        # By the prompt's number in the call, not by its row in a batch: its random numbers are the same for all strengths,
-        # whatever else is in the batch.
+        # Random numbers belong to the prompt's number in the call instead of its row in a batch, so that they are the same for
+        # all strengths, whatever else is in the batch.
         drawn_PN = uniforms(fitting, max_new_tokens, seed) if temperature and fitting else [None] * len(fitting)
-        # Prompts outside: rows of equal length, the strengths of one prompt, then meet in one batch without padding.
+        # The loop over prompts is outside, so that the strengths of one prompt, rows of equal length, share a batch without
+        # padding.
         waiting = [
             Waiting((s, p), encoded[p], strength, drawn_N)
             for p, drawn_N in zip(fitting, drawn_PN, strict=True)
@@ -266,14 +267,15 @@ class SteeredModel(Steered):
         Raises:
             ValueError: the batch has padding, which this model would read as text.
         """
-        # Models that take no positions or masks, such as recurrent ones.
+        # Some models accept no positions or masks, such as recurrent ones.
         if not models.reads_padding(self.model) and not bool(batch.attention_mask.all()):
-            raise ValueError(f"{type(self.model).__name__} takes no positions: it reads rows of one length at a time")
+            raise ValueError(f"{type(self.model).__name__} takes no positions: its batches need rows of one length")
         written = {"roles": self.encoder.response_role_id, "phases": GENERATION}
         return Decoding(self.model, batch.patched_inputs, written, strength_B, self._strengths)
 
     def _prefilled(self, waiting: list[Waiting]) -> Decoding:
-        # Padded on the left, so that the last token of every row is in the last column, from which the next one is predicted.
+        # The batch is padded on the left, so that the last token of every row is in the last column, from which the next one is
+        # predicted.
         batch = collate([one.row for one in waiting], self.encoder.pad_id, side="left").to(self.device)
         return self.prefill(batch, torch.tensor([one.strength for one in waiting]))
 
@@ -291,7 +293,7 @@ class SteeredModel(Steered):
             prompts: Number of tokens of each prompt.
             more: Number of tokens by which each may become longer.
             strengths: Strength of the newest patch in each row.
-            limit: Number of rows at most.
+            limit: Maximum number of rows.
         """
         return batching.in_common(self.model, self._newest, prompts, more, strengths, limit, self.batch_tokens)
 

@@ -23,7 +23,7 @@ SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "samples", "seed")
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt and settings that a person chose for `Steered.side_by_side`; None leaves a setting to the model's default."""
+    """A prompt and settings that a user chose for `Steered.side_by_side`; None selects the model's default."""
 
     prompt: str
     strengths: tuple[float, ...] = (1.0,)
@@ -33,7 +33,7 @@ class Asked:
     data: str | None = None
     """Data that the prompt is an instruction about; language models only."""
     max_new_tokens: int | None = None
-    """Number of tokens to generate at most; language models only."""
+    """Maximum number of tokens to generate; language models only."""
     temperature: float | None = None
     """Sampling temperature, 0 for greedy decoding; language models only."""
     top_p: float | None = None
@@ -52,11 +52,11 @@ class Asked:
         chosen = [name for name, value in vars(self).items() if value is not None and name not in ("prompt", "strengths")]
         unknown = next((name for name in chosen if name not in accepted), None)
         if unknown is not None:
-            raise ValueError(f"{unknown.replace('_', '-')} means nothing to {kind}, which takes {', '.join(accepted)}")
-        # Greedy decoding ignores what is sampled from, and gives the same text each time.
+            raise ValueError(f"{unknown.replace('_', '-')} has no meaning for {kind}, which accepts {', '.join(accepted)}")
+        # Greedy decoding ignores these settings, and gives the same text each time.
         drawn = next((name for name in ("top_p", "top_k", "min_p", "samples") if getattr(self, name) not in (None, 1, 0)), None)
         if drawn is not None and not self.temperature:
-            raise ValueError(f"{drawn.replace('_', '-')} is about sampling: give a temperature above 0")
+            raise ValueError(f"{drawn.replace('_', '-')} applies to sampling: give a temperature above 0")
 
 
 class Shown(NamedTuple):
@@ -73,7 +73,7 @@ class Steered:
     """A model and the patches attached to it, the oldest first.
 
     A strength scales the newest patch; all others act at strength 1, as they did when the newest one was made, unless `settled`
-    says otherwise.
+    gives other strengths.
     """
 
     model: Any
@@ -105,7 +105,7 @@ class Steered:
         raise NotImplementedError
 
     def side_by_side(self, request: Asked) -> Shown:
-        """Answer a prompt at several strengths, for people.
+        """Answer a prompt at several strengths, as text or image files to look at.
 
         Raises:
             ValueError: the request holds a setting that this kind of model does not accept.
@@ -113,11 +113,11 @@ class Steered:
         raise NotImplementedError
 
     def each_side_by_side(self, requests: Sequence[Asked], watch: Callable[[list[Shown]], None] | None = None) -> list[Shown]:
-        """Answer several prompts at several strengths; the requests differ by prompt and data alone.
+        """Answer several prompts at several strengths; the requests differ only by prompt and data.
 
         Args:
             requests: the prompts with their settings.
-            watch: takes the outputs so far while they are written, where a kind of model can tell them.
+            watch: takes the outputs so far while they are written, if the kind of model supports it.
         """
         return [self.side_by_side(request) for request in requests]
 
@@ -127,10 +127,10 @@ class Steered:
 
     def plain_probe(self) -> list[Tensor]:
         """Return the outputs of `probe` for the model without any patch; the patches are attached again afterwards."""
-        # Not `probe(0)`: strength 0 takes away the newest patch only.
+        # `probe(0)` would not do: strength 0 removes the effect of the newest patch only.
         stack = self.patches
-        # `attach` with an empty stack and no bare `detach`: a model without hooks does not accept the arguments (roles,
-        # strengths) that this class passes.
+        # An empty stack is attached, because a model without hooks does not accept the arguments (roles, strengths) that this
+        # class passes.
         self.detach()
         self.patches = ()
         self.attach()
@@ -143,7 +143,7 @@ class Steered:
 
     @property
     def tolerance(self) -> float:
-        """Largest root mean square difference of `probe` that is taken for rounding, after patches were merged into weights."""
+        """Largest root mean square difference of `probe` that counts as rounding, after patches were merged into weights."""
         raise NotImplementedError
 
     def save_model(self, directory: Path) -> None:
@@ -164,10 +164,10 @@ class Steered:
         Raises:
             patches.CannotFold: a patch cannot be expressed by the weights; some of the weights may have changed already.
         """
-        # First, because hooks that stay would apply the patches a second time.
+        # The patches are detached first, because remaining hooks would apply them a second time.
         self.detach()
         for number, patch in enumerate(self.patches, 1):
-            # The oldest is merged first, as it acts on what the next one reads.
+            # The oldest is merged first, because it acts on what the next one reads.
             older = self.settled[number - 1] if number <= len(self.settled) else 1.0
             patch.fold(self.model, strength if number == len(self.patches) else older)
         self.patches, self.settled = (), ()
@@ -175,25 +175,25 @@ class Steered:
     def check_strengths(self, strengths: Sequence[float]) -> None:
         """Warn about strengths outside of the newest patch's range. Raises ValueError if there is no patch to scale."""
         if not self.patches and any(strength != 1 for strength in strengths):
-            raise ValueError(f"strengths {list(strengths)} were asked for, but this model carries no patch to scale")
+            raise ValueError(f"strengths {list(strengths)} were requested, but this model has no patch to scale")
         limits = self.patches[-1].strength_range if self.patches else None
         outside = [strength for strength in strengths if limits and not limits[0] <= strength <= limits[1]]
         if outside and limits:
             warnings.warn(
-                f"strengths {outside} lie outside of {list(limits)}, where this patch was made to be used", stacklevel=3
+                f"strengths {outside} are outside of {list(limits)}, the range for which this patch was made", stacklevel=3
             )
 
     def arguments(self, strength: float, num_rows: int) -> dict[str, Tensor]:
-        """Return the arguments with which a call of the model on so many rows has the newest patch at a strength."""
+        """Return the arguments with which a call of the model on `num_rows` rows has the newest patch at a strength."""
         strengths = self._strengths(torch.full((num_rows,), strength))
         return {} if strengths is None else {"strengths": strengths}
 
     def _strengths(self, strength_B: Tensor) -> Tensor | None:
         """Return the strengths of all N patches for B rows, (N, B), from those of the newest; None if all of them are 1."""
-        # None makes patches skip the mixing s T(z) + (1 - s) z, whose rounding would change what was trained in the last bits.
+        # None lets patches skip the mixing s T(z) + (1 - s) z, whose rounding would change the trained result in the last bits.
         if bool((strength_B == 1).all()) and all(strength == 1 for strength in self.settled):
             return None
-        # On the CPU until the end: the strengths come from Python lists, and one copy to the device is enough.
+        # The tensor is made on the CPU: the strengths come from Python lists, and one copy to the device is enough.
         below_N = torch.tensor(self.settled) if self.settled else torch.ones(len(self.patches) - 1)
         below_NB = below_N[:, None].expand(-1, len(strength_B))
         return torch.cat([below_NB, strength_B[None].to(below_NB)]).to(self.device)
@@ -202,5 +202,5 @@ class Steered:
 def differences(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
     """Return the root mean square difference of each pair of tensors; infinity where it is NaN."""
     differences = [float((a - b).square().mean().sqrt()) for a, b in zip(outputs, expected, strict=True)]
-    # `max` of a list with NaN depends on its order; infinity is always the largest.
+    # `max` of a list with NaN depends on its order, but infinity is always the largest.
     return [math.inf if math.isnan(difference) else difference for difference in differences]

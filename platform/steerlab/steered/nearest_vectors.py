@@ -15,7 +15,7 @@ from steerlab.steered.language import SteeredModel
 
 
 def is_approximable(model: SteeredModel) -> bool:
-    """Return whether the newest patch maps outputs of decoder layers on every token, so that a vector may come near it."""
+    """Return whether the newest patch maps outputs of decoder layers on every token, so that a vector may approximate it."""
     patch = model.patches[-1]
     try:
         if isinstance(patch, ActivationPatch):
@@ -35,7 +35,7 @@ def mean_moves(model: SteeredModel, strength: float) -> dict[int, Tensor]:
 
     def keep(number: int) -> Callable[..., None]:
         def record(_layer: object, inputs: tuple[Tensor, ...], mapped: Tensor) -> None:
-            # (B, T, D) in float64: a mean over many small differences.
+            # (B, T, D) is converted to float64, because the mean is over many small differences.
             moved = (mapped.double() - inputs[0].double()).flatten(0, -2)
             sums[number] = sums.get(number, torch.zeros(moved.shape[1], dtype=torch.float64)) + moved.sum(0).cpu()
             count[number] = count.get(number, 0) + len(moved)

@@ -1,4 +1,4 @@
-"""Images as files for people: a PNG for each image, a contact sheet, and an animation over the strengths.
+"""Image files to look at: a PNG for each image, a contact sheet, and an animation over the strengths.
 
     {strength:.3f}_{guidance:.3f}/<id>.png     one image
     sheet_{guidance:.3f}.png                   a row for each prompt, a column for each strength
@@ -35,7 +35,7 @@ def files(
         prompts: Prompt of each of the B images, for the sheet.
     """
     contents: dict[str, bytes] = {}
-    # The first strength of a task is its headline, wherever it lies; a sheet shows them in rising order.
+    # The first strength of a task is its headline, at any place in the order; a sheet shows strengths in rising order.
     order = sorted(range(len(strengths)), key=strengths.__getitem__)
     for guidance, images_SBCHW in images.items():
         for strength, images_BCHW in zip(strengths, images_SBCHW, strict=True):
@@ -55,7 +55,7 @@ def path(strength: float, guidance: float, name: str) -> str:
 
 def picture(image_CHW: Tensor) -> Image.Image:
     """Return an image whose values are in [0, 1] as a Pillow image: grey for one channel, RGB for three."""
-    # Rounded, because `byte` cuts off: an image of 8 bits is then the same after it was saved and read.
+    # Values are rounded, because `byte` truncates; an image of 8 bits then does not change when it is saved and read.
     values = (image_CHW.clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
     return Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
 
@@ -64,7 +64,7 @@ def sheet(images_SBCHW: Tensor, strengths: Sequence[float], prompts: Sequence[st
     """Return a contact sheet with a row for each prompt and a column for each strength."""
     cells = [[_enlarged(picture(image)) for image in of_strength] for of_strength in images_SBCHW]
     width, height = cells[0][0].size
-    # The prompts stand left of the images; their width is measured on a canvas of one pixel before the sheet exists.
+    # The prompts are left of the images; their width is measured on a canvas of one pixel before the sheet exists.
     left = max(round(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(prompt)) for prompt in prompts) + 6
     size = (left + len(cells) * (width + _GAP), _HEAD + len(prompts) * (height + _GAP))
     canvas = Image.new("RGB", size, "white")
@@ -80,7 +80,7 @@ def sheet(images_SBCHW: Tensor, strengths: Sequence[float], prompts: Sequence[st
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    # By a whole factor and without interpolation, so that the pixels of a small image stay sharp.
+    # The factor is whole and the resampling without interpolation, so that the pixels of a small image stay sharp.
     factor = max(1, _CELL // image.width)
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
@@ -93,12 +93,12 @@ def _png(image: Image.Image) -> bytes:
 
 def _gif(images_SBCHW: Tensor, strengths: Sequence[float]) -> bytes:
     """Return an animation that shows the images of all prompts side by side, by rising, then by falling strength."""
-    # A sheet takes a column for each strength; a frame has one strength, and a column for each prompt.
+    # A sheet has a column for each strength; a frame has one strength, and a column for each prompt.
     frames = [
         sheet(images_BCHW[:, None], [strength] * len(images_BCHW), [""])
         for images_BCHW, strength in zip(images_SBCHW, strengths, strict=True)
     ]
     content = io.BytesIO()
-    # The way back leaves out both ends, which would be shown twice in the loop.
+    # The way back omits both ends, which would be shown twice in the loop.
     frames[0].save(content, "GIF", save_all=True, append_images=[*frames[1:], *frames[-2:0:-1]], duration=_FRAME_MS, loop=0)
     return content.getvalue()

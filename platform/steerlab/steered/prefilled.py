@@ -76,7 +76,7 @@ class Decoding:
         last_B1 = self.inputs["position_ids"][:, -1:]
         new = {"input_ids": token_B[:, None], "attention_mask": torch.ones_like(last_B1), "position_ids": last_B1 + 1}
         new |= {name: torch.full_like(last_B1, value) for name, value in self.written.items()}
-        # With a cache, only the new token is read, but the mask covers the tokens in the cache, too. Without one, the model
+        # With a cache only the new token is read, but the mask covers the tokens in the cache, too. Without a cache the model
         # reads everything again.
         if not self.cache:
             self.inputs = {name: torch.cat([read, new[name]], 1) for name, read in self.inputs.items()}
@@ -86,7 +86,7 @@ class Decoding:
         return self._read({**new, "attention_mask": mask_BT})
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Let all rows but those with these numbers leave the batch, which `rows_can_leave`."""
+        """Remove all rows but those with these numbers from a batch that `rows_can_leave`."""
         index = torch.tensor(rows, device=self.logits_BV.device)
         self.inputs = {name: value[index] for name, value in self.inputs.items()}
         self.logits_BV = self.logits_BV[index]
@@ -122,7 +122,8 @@ class Decoding:
 
     def _read(self, inputs: dict[str, Tensor]) -> None:
         name = models.cache_name(self.model)
-        # Such a model gets rows of one length, so that the mask says nothing; some of them accept none.
+        # Such a model gets rows of one length, for which the mask has no information; some of these models do not accept a
+        # mask.
         if not models.reads_padding(self.model):
             inputs = {key: value for key, value in inputs.items() if key != "attention_mask"}
         patched = {"strengths": self.strengths, "memory": self.memory}

@@ -1,4 +1,4 @@
-"""Upload an exported folder to the Hugging Face hub, where the user asks for it."""
+"""Upload an exported folder to the Hugging Face hub, on the user's request."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def push(directory: Path, name: str, *, private: bool = True) -> str:
     Args:
         directory: The folder.
         name: OWNER/NAME.
-        private: Whether a new repository is private; an existing one stays as it is.
+        private: Whether a new repository is private; an existing one is not changed.
 
     Returns:
         Address of the repository.
 
     Raises:
-        ValueError: The hub refuses, or cannot be reached. The folder stays.
+        ValueError: The hub refuses, or cannot be reached. The folder is not removed.
     """
     from huggingface_hub import HfApi, constants
 
@@ -37,7 +37,7 @@ def push(directory: Path, name: str, *, private: bool = True) -> str:
     except Exception as error:  # errors of the HTTP library below, which is another one in other versions of the client
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"{directory} is written, but the hub at {constants.ENDPOINT} did not take it: {reason}. A token with write "
+            f"{directory} is written, but the hub at {constants.ENDPOINT} did not accept it: {reason}. A token with write "
             "access goes in HF_TOKEN; exporting again needs another folder"
         ) from None
     return str(made)

@@ -1,14 +1,14 @@
 """Choose the next token: greedily, or by sampling from a part of the vocabulary with random numbers of the prompt's generator.
 
-The part is what the filters leave, in this order, each of which works on what the one before it left:
+The part is what remains after the filters, each of which works on the result of the one before it:
 
     top_k     the k likeliest tokens
     top_p     the nucleus (Holtzman et al., https://arxiv.org/abs/1904.09751): the likeliest tokens whose probabilities, divided
-              by the sum of those that top_k left, reach p, including the token that crosses it
+              by the sum of those that remain after top_k, reach p, including the token that crosses it
     min_p     tokens with at least the share min_p of the likeliest one's probability (Nguyen et al.,
               https://arxiv.org/abs/2407.01082)
 
-All of them look at probabilities after the temperature, as transformers and vLLM do. The likeliest token always stays.
+All of them look at probabilities after the temperature, as transformers and vLLM do. The likeliest token always remains.
 
 Axes besides those of tokens.py: K the most likely tokens of a row, by falling probability.
 """
@@ -26,7 +26,7 @@ _NUCLEUS = 512
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen, as a job sets it."""
+    """Settings of a job for the choice of the next token."""
 
     temperature: float = 0.0
     """Divisor of the logits; 0 for greedy decoding."""
@@ -41,7 +41,7 @@ class Sampling(NamedTuple):
 
 
 def choose(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, list[int]]:
-    """Return the next token of each row, (B,), and the same tokens as a list, for which the device is waited for once.
+    """Return the next token of each row, (B,), and the same tokens as a list, which waits for the device once.
 
     Args:
         logits_BV: Logits of the next token; changed in place by the repetition penalty.
@@ -51,7 +51,7 @@ def choose(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, unifor
     """
     if seen_BV is not None:
         # Keskar et al., https://arxiv.org/abs/1909.05858, section 4.1, divides every logit by the factor. That would favour
-        # negative ones, so these are multiplied, as in transformers.
+        # negative logits, so these are multiplied, as in transformers.
         factor = sampling.repetition_penalty
         weakened_BV = torch.where(logits_BV > 0, logits_BV / factor, logits_BV * factor)
         torch.where(seen_BV, weakened_BV, logits_BV, out=logits_BV)
@@ -63,7 +63,7 @@ def choose(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, unifor
         # Sorting a whole vocabulary for each token takes longer than the layers of a small model.
         probs_BK, order_BK = probs_BV.topk(_NUCLEUS, dim=-1)
         token_B = _inverted(probs_BK, order_BK, sampling, uniform_B)
-        # Together with the tokens, so that this test does not wait for the device once more.
+        # The test is read together with the tokens, so that the program does not wait for the device once more.
         tokens, enough = torch.stack([token_B, _are_enough(probs_BK, sampling).long()]).tolist()
         if all(enough):
             return token_B, tokens
@@ -77,12 +77,12 @@ def _inverted(probs_BK: Tensor, order_BK: Tensor, sampling: Sampling, uniform_B:
     """Return the tokens at which the filtered distribution reaches the random numbers, (B,).
 
     Args:
-        probs_BK: The largest probabilities in falling order: all that the filters may leave.
+        probs_BK: The largest probabilities in falling order: all that may pass the filters.
         order_BK: Their tokens.
         sampling: The filters.
         uniform_B: The random numbers.
     """
-    # A token belongs to the nucleus if those before it do not reach `top_p` yet: so the one that crosses it does.
+    # A token belongs to the nucleus if those before it do not reach `top_p` yet, so the one that crosses it does.
     before_BK = probs_BK.cumsum(-1) - probs_BK
     # Without top_k the sum is that of the whole vocabulary, 1, of which K tokens may hold a part only.
     whole_B1 = probs_BK.sum(-1, keepdim=True) if sampling.top_k else 1.0
@@ -90,21 +90,23 @@ def _inverted(probs_BK: Tensor, order_BK: Tensor, sampling: Sampling, uniform_B:
     probs_BK = torch.where(kept_BK, probs_BK, 0)
     cumulative_BK = probs_BK.cumsum(-1)
     target_B1 = uniform_B.to(cumulative_BK)[:, None] * cumulative_BK[:, -1:]
-    # Inverting the cumulative distribution, because `torch.multinomial` has one generator for all rows. The number is scaled by
-    # the sum instead of dividing all probabilities by it; the clamp is for a sum that rounding has left below the number.
+    # The cumulative distribution is inverted, because `torch.multinomial` has one generator for all rows. The number is scaled
+    # by the sum instead of dividing all probabilities by it; the clamp handles a sum that rounding has made smaller than the
+    # number.
     rank_B1 = torch.searchsorted(cumulative_BK, target_B1, right=True).clamp(max=probs_BK.shape[-1] - 1)
     return order_BK.gather(-1, rank_B1)[:, 0]
 
 
 def _are_enough(probs_BK: Tensor, sampling: Sampling) -> Tensor:
-    """Return for each row whether the K likeliest tokens hold all that the filters leave, (B,) bool."""
-    # They do if the nucleus ends among them, or min_p leaves out the last one.
+    """Return for each row whether the K likeliest tokens hold all that pass the filters, (B,) bool."""
+    # They do if the nucleus ends among them, or if min_p excludes the last one.
     ends_B = probs_BK[:, -1] < sampling.min_p * probs_BK[:, 0]
     return ends_B | (probs_BK.sum(-1) > sampling.top_p) if sampling.top_p < 1 else ends_B
 
 
 def uniforms(prompts: Sequence[int], num: int, seed: int) -> Tensor:
     """Return uniform random numbers in [0, 1), (B, num); each row depends on `seed` and the prompt's number only."""
-    # On the CPU, whose generator gives the same numbers on every machine. The prime keeps prompts of different seeds apart.
+    # The numbers come from the CPU, whose generator gives the same ones on every machine. The prime separates the prompts of
+    # different seeds.
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + prompt) for prompt in prompts]
     return torch.stack([torch.rand(num, generator=generator) for generator in generators])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CHUNK_LOGITS = 1 << 23
 """Number of logits in one piece: 32 MB in float32. About five tensors of this size exist at once."""
 # On the CPU, pieces of 64 MB took 1.1 to 1.6 times as long: glibc returns blocks of more than 32 MB to the kernel each time,
-# which clears the memory before it hands it out again.
+# which clears the memory before it provides it again.
 
 
 class Predicted(NamedTuple):
@@ -44,7 +44,7 @@ class Predicted(NamedTuple):
     @property
     def sequences(self) -> int:
         """Number of sequences of the batch."""
-        # Given where it is known: on a GPU the last token's row would have to be waited for.
+        # The number is passed where it is known, because reading the last token's row would wait for a GPU.
         return int(self.sequence_N[-1]) + 1 if self.num_sequences is None else self.num_sequences
 
     @property
@@ -54,7 +54,7 @@ class Predicted(NamedTuple):
 
     def at(self, values_BTX: Tensor) -> Tensor:
         """Return the values at the positions that predict the tokens, (N, X)."""
-        # (B, T, X) indexed by two (N,) tensors.
+        # (B, T, X) is indexed by two (N,) tensors.
         return values_BTX[self.places]
 
 
@@ -68,7 +68,7 @@ def log_probs(model: nn.Module, batch: Batch, tokens: Predicted) -> Tensor:
     """Return the log-probabilities (nats) of tokens under a model with its patches, (N,)."""
     # `only` skips the logits of prompts and padding, which would take most of the memory.
     logits_NV = model(**batch.patched_inputs, only=tokens.places, use_cache=False).logits[0]
-    # Summed by nobody here: a caller takes sums or means over the tokens of each response.
+    # The values are not summed here: a caller takes sums or means over the tokens of each response.
     return -nn.functional.cross_entropy(wide(logits_NV), tokens.target_N, reduction="none")
 
 
@@ -90,13 +90,13 @@ class StateReader:
     def __init__(self, model: PreTrainedModel, layer: int | None) -> None:
         head = next(name for name, module in model.named_modules() if module is models.head(model))
         self._head = taps.Tap(head)
-        # The pass ends at the head's input: logits of the whole batch are never computed.
+        # The pass ends at the head's input, so that logits of the whole batch are never computed.
         self._reader = taps.Reader(model, [self._head], side="input")
         self._tapped: list[Tensor] = []
         self._handles = []
         if layer is not None:
             module = model.get_submodule(models.layer_names(model)[layer])
-            # A hook of its own, because the reader reads the inputs of modules, and this is an output.
+            # The layer has a hook of its own, because the reader records inputs of modules, and this is an output.
             self._handles.append(module.register_forward_hook(lambda _m, _i, output: self._keep(output)))
 
     @torch.no_grad()
@@ -137,12 +137,12 @@ def compared(reference_NV: Tensor, vector_NV: Tensor, target_N: Tensor, referenc
         target_N: Ids of the tokens.
         reference_lse_N: logsumexp of the reference's logits, if the caller has computed it.
     """
-    # (N, V): the largest tensors of the comparison, of which there are two besides the inputs.
+    # Tensors of (N, V) are the largest of the comparison; there are two besides the inputs.
     policy_NV = reference_NV + vector_NV
     policy_lse_N = policy_NV.logsumexp(-1)
     reference_lse_N = reference_NV.logsumexp(-1) if reference_lse_N is None else reference_lse_N
-    # E_pi[a], the first term of the KL. In this form no difference of two log-probabilities of the whole vocabulary is needed,
-    # which would be a further tensor (N, V) and would cancel where policy and reference are close.
+    # E_pi[a] is the first term of the KL divergence. This form needs no difference of two log-probabilities of the whole
+    # vocabulary, which would be a further tensor (N, V) and would cancel where policy and reference are close.
     mean_N = ((policy_NV - policy_lse_N[:, None]).exp() * vector_NV).sum(-1)
     return Scores(
         policy_NV.gather(1, target_N[:, None])[:, 0] - policy_lse_N,
@@ -165,8 +165,8 @@ def scores(
         target_N: Ids of the tokens.
         chunk: Number of logits that are computed at once.
     """
-    # Each piece is checkpointed: the backward pass computes its logits again, so that no (n, V) tensor outlives its piece.
-    # There is no dropout in a piece, so the state of the random generators need not be saved.
+    # Each piece is checkpointed: the backward pass computes its logits again, so that no (n, V) tensor outlives its piece. A
+    # piece has no dropout, so the state of the random generators need not be saved.
     size = max(1, chunk // len(up_VK))
     pieces = [
         checkpoint(_piece, head, *piece, up_VK, use_reentrant=False, preserve_rng_state=False)
@@ -190,9 +190,10 @@ def scores_at(
     """
     size = max(1, chunk // len(up_VK))
     scored: list[list[Scores]] = [[] for _ in strengths]
-    # Pieces outside, strengths inside: the logits of a piece, which cost the most, are computed once for all strengths.
+    # The loop over pieces is outside that over strengths, so that the logits of a piece, which cost the most, are computed
+    # once.
     for last_ND, features_NK, targets in zip(*(values.split(size) for values in (*states, target_N)), strict=True):
-        # Once for all strengths: the vector is linear in its strength, and so is nothing that comes after it.
+        # The vector is linear in its strength and is computed once; everything after it is not linear.
         vector_NV = nn.functional.linear(features_NK, up_VK)
         reference_NV = head.forward(last_ND).to(vector_NV.dtype)  # without the head's hooks, as in `_piece`
         lse_N = reference_NV.logsumexp(-1)
@@ -202,7 +203,7 @@ def scores_at(
 
 
 def _piece(head: nn.Module, last_ND: Tensor, features_NK: Tensor, target_N: Tensor, up_VK: Tensor) -> Scores:
-    # `forward` and not a call: the hook of an attached patch on the head would add the vector a second time.
+    # `forward` is used instead of a call, because the hook of an attached patch on the head would add the vector a second time.
     reference_NV = head.forward(last_ND)
     vector_NV = nn.functional.linear(features_NK, up_VK)
     return compared(reference_NV.to(vector_NV.dtype), vector_NV, target_N)
@@ -210,5 +211,5 @@ def _piece(head: nn.Module, last_ND: Tensor, features_NK: Tensor, target_N: Tens
 
 def wide(values: Tensor) -> Tensor:
     """Return values in float32, or unchanged if their type is wider."""
-    # Float64 stays: tests compare gradients with finite differences in it.
+    # float64 is retained, because tests compare gradients with finite differences in it.
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Texts of a prompt at several strengths, as people are shown them."""
+"""Texts of a prompt at several strengths, as the commands show them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from steerlab.steered.language import SteeredModel
 
 _SHOWN_TOKENS = 64
-"""Number of generated tokens where a request names none."""
+"""Number of generated tokens if a request names no number."""
 
 
 def side_by_side(steered: SteeredModel, requests: Sequence[Asked], watch: Callable[[list[Shown]], None] | None) -> list[Shown]:
@@ -20,7 +20,8 @@ def side_by_side(steered: SteeredModel, requests: Sequence[Asked], watch: Callab
     for request in requests:
         request.check("a language model", "data", "max_new_tokens", *SAMPLING_OPTIONS)
     num = first.samples or 1
-    # Sample by sample, not prompt by prompt: the first sample of a prompt is then the one that it gets with one sample.
+    # The order is sample by sample instead of prompt by prompt, so that the first sample of a prompt is the one that it gets
+    # with one sample.
     prompts = [steered.encoder.conversation(r.prompt, r.data or "") for _ in range(num) for r in requests]
     shown = [[[""] * num for _ in first.strengths] for _ in requests]
 

@@ -87,10 +87,10 @@ def load_stack(
     prompt = saved.read(directory / PROMPT, SavedPrompt).model_dump(mode="json", exclude_unset=True)
     sampler = prompt.get("sampler") if sampler is None else sampler
     below: tuple[patches.SavedPatch, ...] = ()
-    # An artifact of a frozen model holds its patch alone, and names in `base.json` the model that the patch is for.
+    # An artifact of a frozen model holds only its patch, and names in `base.json` the model that the patch is for.
     if (directory / BASE).is_file():
         bases.chain(directory)  # raises if the models refer to one another in a circle: the recursion below would not end
-        # The prompt settings are for a plain checkpoint at the end of the chain, which has none of its own.
+        # The prompt settings are for a plain checkpoint at the end of the chain, which has no settings of its own.
         model, encoder, below = load_stack(
             bases.below(directory),
             dtype=dtype,
@@ -99,7 +99,7 @@ def load_stack(
             attention=attention,
             trust_remote_code=trust_remote_code,
         )
-        # Each artifact names all that stands before prompts, also what the models below it brought along.
+        # Each artifact contains the whole preamble of its prompts, including that of the models below it.
         if isinstance(encoder, encoding.Encoder) and "preamble" in prompt:
             encoder = encoder.preceded_by(Preamble.model_validate(prompt["preamble"]))
     else:
@@ -120,11 +120,12 @@ def load_stack(
     patch_dir = directory / "patch" if snapshot is None else directory / "snapshots" / str(snapshot)
     if not patches.exists(patch_dir):
         if snapshot is not None:
-            raise ValueError(f"{directory} holds no patch of step {snapshot}; train.snapshots says which steps are kept")
+            raise ValueError(f"{directory} holds no patch of step {snapshot}; train.snapshots lists the saved steps")
         if inverse:
             raise ValueError(f"{directory} holds no patch, so there is nothing to invert")
         return Stack(model, encoder, below)
-    # A patch beside its own model was saved with it; one on another model is checked against that model's fingerprint.
+    # A patch in the folder of its own model was saved with it; a patch on another model is checked against that model's
+    # fingerprint.
     newest = patches.load(patch_dir, model if (directory / BASE).is_file() else None)
     if inverse:
         newest = patches.inverse(newest)
@@ -187,7 +188,7 @@ def load(
     if added and isinstance(model, Diffusion):
         raise ValueError(f"{added[0]} is a patch for a language model, and {directory} holds a diffusion pipeline")
     stack = (*stack, *(foreign.read(Path(path), model) for path in added))
-    # The patches follow when they are attached.
+    # The patches move to the device when they are attached.
     if isinstance(model, Diffusion):
         return SteeredPipeline(model.to(where), encoder, stack)
     return SteeredModel(model.to(where), encoder, stack)

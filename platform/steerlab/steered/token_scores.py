@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class TokenLogProbs(NamedTuple):
-    """Log-probabilities of tokens 1..T-1 of one row; the first token has none, since nothing predicts it."""
+    """Log-probabilities of tokens 1..T-1 of one row; the first token has no score, since nothing predicts it."""
 
     log_prob: list[float]
     """Log-probability of each token, in nats."""
@@ -40,7 +40,7 @@ def of_conversations(
         log_probs_BT = _gathered_log_probs(logits_BTV[:, :-1], batch.input_ids[:, 1:]).cpu()
         for row, number in enumerate(chunk):
             i = fitting[number]
-            # Padding lies on the right, so the first T - 1 scores are those of the row.
+            # Padding is on the right, so the first T - 1 scores are those of the row.
             length = len(encoded[i]) - 1
             results[i] = TokenLogProbs(log_probs_BT[row, :length].tolist(), encoded[i].roles[1:], encoded[i].in_response[1:])
         model.progress(len(results), len(fitting))
@@ -50,7 +50,7 @@ def of_conversations(
 
 def _gathered_log_probs(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     """Return log p(ids) in nats, (B, T), in float32."""
-    # Row by row: a float32 copy of all logits would need twice the memory of those in bfloat16.
+    # The rows are treated one by one, because a float32 copy of all logits would need twice the memory of those in bfloat16.
     return torch.stack(
         [
             -torch.nn.functional.cross_entropy(logits.float(), ids, reduction="none")

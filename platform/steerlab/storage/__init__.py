@@ -1,1 +1,1 @@
-"""Artifacts on disk, each addressed by a hash of what made it; the plan that makes them; tensor files."""
+"""Artifacts on disk, each addressed by a hash of its inputs and parameters; the plan that makes them; tensor files."""

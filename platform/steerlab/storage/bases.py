@@ -13,7 +13,7 @@ from steerlab.job import Frozen, Preamble, SamplerConfig
 
 PROMPT, BASE = "prompt.json", "base.json"
 _MAX_BASES = 100
-"""Length of a chain of patched models at most; a longer one is taken for a damaged file."""
+"""Maximum length of a chain of patched models; a longer one counts as a damaged file."""
 
 
 class SavedPrompt(Frozen):
@@ -29,7 +29,7 @@ class SavedPrompt(Frozen):
     tokenizer: str | None = None
     chat_template: str | None = None
     preamble: Preamble = Preamble()
-    """What stands before each prompt."""
+    """Text that is put before each prompt."""
     sampler: SamplerConfig | None = None
 
 
@@ -38,7 +38,7 @@ class SavedBase(Frozen):
 
     source: str | None = None
     """Source of the model; None if it is an artifact."""
-    # The patterns keep a file that somebody else wrote from leading out of ROOT.
+    # The patterns ensure that a file written by somebody else cannot name a path outside ROOT.
     stage: Annotated[str, Field(pattern=r"^[a-z_]*$")] = ""
     """Stage of the artifact; empty if the model is a source."""
     key: Annotated[str, Field(pattern=r"^[0-9a-z]*$")] = ""
@@ -46,7 +46,7 @@ class SavedBase(Frozen):
 
 
 def read(directory: Path) -> SavedBase | None:
-    """Return which model the patch in a directory is for; None if the directory holds a whole model.
+    """Return the reference to the model of the patch in a directory; None if the directory holds a whole model.
 
     Raises:
         ValueError: `base.json` is damaged.
@@ -63,7 +63,7 @@ def below(directory: Path) -> Path:
     base = saved.read(directory / BASE, SavedBase)
     if base.source is not None:
         return sources.fetch(base.source)
-    # Artifacts lie at artifacts/STAGE/KEY, in ROOT and in the cache of an object store alike.
+    # Artifacts are at artifacts/STAGE/KEY, both in ROOT and in the cache of an object store.
     model = directory.absolute().parents[1] / base.stage / base.key
     if not base.stage or not base.key or not (model / PROMPT).is_file():
         raise ValueError(
@@ -82,7 +82,7 @@ def chain(directory: Path) -> list[Path]:
     directories = [directory]
     while (directories[-1] / BASE).is_file():
         directories.append(below(directories[-1]))
-        # Resolved, because a link would give the same directory a new name in each round.
+        # Paths are resolved, because a link would give the same directory a new name in each round.
         if len(directories) > _MAX_BASES or directories[-1].resolve() in [path.resolve() for path in directories[:-1]]:
             raise ValueError(
                 f"{directory / BASE}: the models that its patch builds on refer to one another in a circle, or are more than "

@@ -1,4 +1,4 @@
-"""Copies of a bucket's artifacts on the disk of a node: those used last are kept, up to STEERLAB_CACHE_GB."""
+"""Copies of a bucket's artifacts on the disk of a node: the most recently used ones remain, up to STEERLAB_CACHE_GB."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from steerlab.guards import files
 
 _DEFAULT_GB = 200.0
 _MOST_PINS = 256
-"""Copies at most that a process keeps from being removed, those that it used last; each needs an open file."""
+"""Maximum number of copies that a process protects from removal, its most recently used ones; each needs an open file."""
 _pins: OrderedDict[Path, int] = OrderedDict()
 
 
 def most_bytes() -> int:
-    """Return $STEERLAB_CACHE_GB in bytes, 200 GB by default. Raises ValueError if it is no positive number."""
+    """Return $STEERLAB_CACHE_GB in bytes, 200 GB by default. Raises ValueError if it is not a positive number."""
     text = os.environ.get("STEERLAB_CACHE_GB") or str(_DEFAULT_GB)
     try:
         number = float(text)
@@ -28,11 +28,11 @@ def most_bytes() -> int:
 
 
 def pin(copy: Path) -> None:
-    """Keep a copy, which may not exist yet, from being removed while this process runs, and note that it was used now."""
+    """Protect a copy, which may not exist yet, from removal while this process runs, and record its use."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     lock = _lock_of(copy)
     if copy not in _pins:
-        # Waits while another process removes the copy.
+        # The lock waits while another process removes the copy.
         _pins[copy] = files.shared_lock(lock)
     _pins.move_to_end(copy)
     os.utime(lock)
@@ -41,17 +41,17 @@ def pin(copy: Path) -> None:
 
 
 def trim(folder: Path) -> None:
-    """Remove the copies below a folder that were used longest ago until the others fit; those in use stay."""
+    """Remove the copies below a folder that were used longest ago until the others fit, except those in use."""
     copies = [path for path in folder.glob("*/*/*") if path.is_dir() and not path.is_symlink()]
     sizes = {copy: sum(file.lstat().st_size for file in copy.rglob("*")) for copy in copies}
     total = sum(sizes.values())
-    # The times are all of this node's clock, or of one file server's.
+    # All times come from this node's clock, or from that of one file server.
     for copy in sorted(copies, key=_used_s):
         if total <= most_bytes():
             return
         try:
             with files.locked(_lock_of(copy), wait=False):
-                # Renamed first: a reader sees the copy whole or not at all.
+                # The copy is renamed before it is removed, so that a reader sees it whole or not at all.
                 going = copy.with_name(f".{copy.name}.going")
                 shutil.rmtree(going, ignore_errors=True)
                 os.rename(copy, going)

@@ -11,11 +11,11 @@ from pathlib import Path
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a full disk and of a user's full quota."""
 _IN_WORDS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "file write failed")
-"""What libraries write that raise errors of their own for it: torch's writer of archives, safetensors in Rust."""
+"""Texts in the errors of libraries that raise their own for it: torch's writer of archives, safetensors in Rust."""
 
 
 class StoreError(OSError):
-    """An artifact or a file below ROOT could not be written or read; the message is one line for people."""
+    """An artifact or a file below ROOT could not be written or read; the message is one line for users."""
 
 
 class FullDisk(StoreError):
@@ -23,7 +23,7 @@ class FullDisk(StoreError):
 
 
 def is_of_full_disk(error: BaseException) -> bool:
-    """Return whether a full disk is behind an error, or behind one from which it was raised."""
+    """Return whether a full disk caused an error, or an error from which it was raised."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _FULL_DISK:
@@ -36,10 +36,10 @@ def is_of_full_disk(error: BaseException) -> bool:
 
 @contextmanager
 def explained_full_disk(what: str, where: str, folder: Path, num_bytes: int | None = None) -> Iterator[None]:
-    """Turn the error of a full disk into one that says what was written, how much it needs, and how much is free.
+    """Turn the error of a full disk into one with the written object, its size and the free space.
 
     Args:
-        what: What is written in the block, for the message.
+        what: Object that is written in the block, for the message.
         where: ROOT or folder, for the message.
         folder: A folder on the disk, which may not exist yet.
         num_bytes: Bytes that are written; None if that is not known.
@@ -61,5 +61,5 @@ def explained_full_disk(what: str, where: str, folder: Path, num_bytes: int | No
 
 
 def existing_parent(path: Path) -> Path:
-    """Return a path, or the nearest folder above it that exists: `disk_usage` takes no other."""
+    """Return a path, or the nearest folder above it that exists; `disk_usage` accepts only existing paths."""
     return next(parent for parent in (path, *path.parents) if parent.exists())

@@ -1,9 +1,9 @@
 """Write an object only if it does not exist: of several writers one succeeds, wherever they run.
 
-pyarrow cannot (26.0 sends no `If-None-Match`, whatever metadata it is given), so object stores are written by other clients
-here: `botocore` (If-None-Match), `gcsfs` (ifGenerationMatch=0) and `adlfs` (If-None-Match). Each finds credentials in the usual
-places of its cloud, as pyarrow does, and the options of the URI are passed on. Not s3fs 2026.9: a server that accepts the
-connection and never answers keeps it waiting for ever, whatever limits it is given.
+pyarrow cannot do so (26.0 sends no `If-None-Match`, with any metadata), so object stores are written by other
+clients here: `botocore` (If-None-Match), `gcsfs` (ifGenerationMatch=0) and `adlfs` (If-None-Match). Each finds credentials in
+the usual places of its cloud, as pyarrow does, and the options of the URI are passed on. s3fs 2026.9 is not used: with a server
+that accepts the connection and never answers, it waits forever, whatever limits it is given.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 _PACKAGES = {"s3": "botocore", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
 """Scheme -> package that writes there. Other schemes are pyarrow's `mock` and fsspec's `memory`, which no process shares."""
 _EXTRAS = {"botocore": "s3", "gcsfs": "gs", "adlfs": "azure"}
-# Short: a holder whose beat hangs for a minute counts as dead.
+# The limits are short, because a process whose renewal of a claim hangs for a minute counts as dead.
 _CONNECT_S, _READ_S = 5, 10
 _EXISTS = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 """Answers of S3 if the object exists, or if another one is being written there at the same moment."""
@@ -40,8 +40,8 @@ def check(root: str) -> None:
 def write_file(path: Path, content: bytes) -> bool:
     """Write a file if it does not exist; return whether this call wrote it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A link and not O_EXCL: the file appears with its content, and on NFS the server decides.
-    # Hidden and of a name of its own, so that two writers do not share a half-written file.
+    # A link is used instead of O_EXCL, so that the file appears with its content and on NFS the server decides. The temporary
+    # file is hidden and has a random name, so that two writers do not share a partly written file.
     written = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         written.write_bytes(content)
@@ -50,7 +50,7 @@ def write_file(path: Path, content: bytes) -> bool:
         # The answer of an NFS server may have been lost, and the request sent again.
         return written.exists() and os.path.samefile(written, path)
     finally:
-        # The link keeps the content: the second name is all that goes.
+        # Only the temporary name is removed; the link still refers to the content.
         written.unlink(missing_ok=True)
     return True
 
@@ -70,14 +70,14 @@ def write_object(root: str, path: str, content: bytes) -> bool:
     check(root)
     if _scheme(root) == "s3":
         bucket, _, key = path.partition("/")
-        # A client for each process: botocore's connections do not survive a fork.
+        # Each process has its own client, because botocore's connections do not survive a fork.
         return _write_s3(_s3_client(root, os.getpid()), bucket, key, content)
     filesystem = _filesystem(root)
     with _within_process:  # `memory` looks first and then writes
         try:
             filesystem.pipe_file(path, content, mode="create")
         except FileExistsError:
-            # The answer to the first request may have been lost, and the client have sent it again.
+            # The answer to the first request may have been lost, and the client may have sent it again.
             return filesystem.cat_file(path) == content
     return True
 
@@ -94,7 +94,7 @@ def _write_s3(client: Any, bucket: str, key: str, content: bytes) -> bool:
     except BotoCoreError as error:
         raise OSError(f"{bucket}/{key} cannot be written: {error}") from error
     try:
-        # As above.
+        # The answer to the first request may have been lost here too.
         return client.get_object(Bucket=bucket, Key=key)["Body"].read() == content
     except ClientError:  # removed since, or not yet written by the other one
         return False
@@ -102,7 +102,8 @@ def _write_s3(client: Any, bucket: str, key: str, content: bytes) -> bool:
 
 @lru_cache(maxsize=8)
 def _s3_client(root: str, process: int) -> Any:
-    """Return a client for the server and the credentials of a ROOT; `process` keeps a forked child from its parent's."""
+    """Return a client for the server and the credentials of a ROOT; `process` prevents a forked child from using its
+    parent's."""
     from botocore.config import Config
     from botocore.session import Session
 

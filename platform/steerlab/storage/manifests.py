@@ -35,10 +35,10 @@ class Manifest(TypedDict):
     """The manifest of an artifact: where it belongs, how it was made, and its files."""
 
     stage: Json
-    """Name of the stage; not checked, like `key` and `schema`, since the path of the artifact says the same."""
+    """Name of the stage; not checked, like `key` and `schema`, since the path of the artifact contains the same."""
     key: Json
     meta: JsonObject
-    """How the artifact was made: parameters, version and inputs of the stage, and the seconds that it took."""
+    """Origin of the artifact: parameters, version and inputs of the stage, and the seconds that it took."""
     files: list[StoredFile]
     schema: Json
     xxh3: NotRequired[str]
@@ -47,7 +47,7 @@ class Manifest(TypedDict):
 
 def listing(directory: Path) -> list[StoredFile]:
     """Return the files of a directory that becomes an artifact, with their sizes and hashes."""
-    # Sorted: the order in which a directory is listed depends on the filesystem.
+    # The paths are sorted, because the order in which a directory is listed depends on the filesystem.
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
     return [StoredFile(path=path.relative_to(directory).as_posix(), **size_and_sha256(path), xxh3=xxh3(path)) for path in paths]
 
@@ -64,7 +64,7 @@ def parsed(content: bytes, artifact: str) -> Manifest:
     try:
         manifest = json.loads(content)
     except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
-        raise damaged(artifact, MANIFEST, "is not JSON, as if it was cut short") from None
+        raise damaged(artifact, MANIFEST, "is not JSON, so it may be truncated") from None
     return check(manifest, artifact)
 
 
@@ -72,16 +72,16 @@ def check(manifest: Json, artifact: str) -> Manifest:
     """Return a manifest that was read from the store.
 
     Raises:
-        StoreError: it is no manifest, or names files outside of the artifact.
+        StoreError: it is not a manifest, or names files outside of the artifact.
     """
-    # Everybody who may write into ROOT may have written it, and its paths are opened as they are.
+    # Anyone who may write into ROOT may have written it, and its paths are opened without further checks.
     fields = manifest if isinstance(manifest, dict) else {}
     files, meta = fields.get("files"), fields.get("meta")
     if not isinstance(files, list) or not isinstance(meta, dict):
         raise damaged(artifact, MANIFEST, "names neither files nor meta")
     checked = [_checked_file(file, artifact) for file in files]
     if not is_intact(fields):
-        raise damaged(artifact, MANIFEST, "has another content than when it was written")
+        raise damaged(artifact, MANIFEST, "has changed since it was written")
     return Manifest(stage=fields.get("stage"), key=fields.get("key"), meta=meta, files=checked, schema=fields.get("schema"))
 
 
@@ -89,7 +89,7 @@ def _checked_file(file: Json, artifact: str) -> StoredFile:
     path, size, digest = (file.get(name) for name in ("path", "bytes", "sha256")) if isinstance(file, dict) else (None,) * 3
     if not isinstance(path, str) or not isinstance(size, int) or not isinstance(digest, str):
         raise damaged(artifact, MANIFEST, f"describes a file by {file!r:.100}")
-    # An absolute path, or one with "..": a download would write there.
+    # A download would write to an absolute path, or to one with "..".
     if escapes(path) or not path:
         raise damaged(artifact, MANIFEST, f"names {path!r:.100}, outside of the artifact")
     checked = StoredFile(path=path, bytes=size, sha256=digest)
@@ -106,7 +106,7 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
         if not path.is_file():
             raise damaged(directory, file["path"], "is missing")
         if (size := path.stat().st_size) != file["bytes"]:
-            raise damaged(directory, file["path"], f"has {size:,} bytes, its manifest says {file['bytes']:,}")
+            raise damaged(directory, file["path"], f"has {size:,} bytes, its manifest has {file['bytes']:,}")
 
 
 def verify(directory: Path, manifest: Manifest) -> None:
@@ -131,9 +131,9 @@ def check_sum(artifact: Path | str, path: Path, file: StoredFile) -> None:
     wanted = file.get("xxh3")
     is_whole = size_and_sha256(path)["sha256"] == file["sha256"] if wanted is None else xxh3(path) == wanted
     if not is_whole:
-        raise damaged(artifact, file["path"], "has another content than when it was written")
+        raise damaged(artifact, file["path"], "has changed since it was written")
 
 
 def damaged(directory: Path | str, file: str, what: str) -> StoreError:
-    """Return the error for a damaged file of an artifact; `what` says what is wrong with it."""
+    """Return the error for a damaged file of an artifact; `what` names the damage."""
     return StoreError(f"artifact {directory} is damaged: {file} {what}; remove the directory and it is made again")

@@ -3,8 +3,9 @@
     metrics.jsonl                      lines 0 to 99
     metrics.jsonl.parts/000000100      the lines from number 100 on that one call has appended
 
-An object is named by the number of its first line. `merge` writes all of it into the file and then removes the objects; one
-that is left because the process died in between is known by its number, which the file reaches already. One process appends.
+An object is named by the number of its first line. `merge` writes all lines into the file and then removes the objects; an
+object that remains because the process died in between is recognised by its number, which is less than the file's lines. Only
+one process appends.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from __future__ import annotations
 from typing import Protocol
 
 MOST_PARTS = 64
-"""Objects after which the next call merges them: reading costs a request for each."""
+"""Number of objects after which the next call merges them, because reading costs a request for each."""
 
 
 class _Files(Protocol):
-    """What is needed of the files below a ROOT."""
+    """The required operations on the files below a ROOT."""
 
     def list(self, relpath: str) -> list[str]: ...
     def read_bytes(self, relpath: str) -> bytes: ...
@@ -25,7 +26,7 @@ class _Files(Protocol):
 
 
 class Parted:
-    """One such file."""
+    """One file of lines with its parts."""
 
     def __init__(self, files: _Files, relpath: str) -> None:
         self._files, self._path, self._folder = files, relpath, f"{relpath}.parts"
@@ -34,7 +35,7 @@ class Parted:
         self._num_parts = 0
 
     def read(self) -> list[bytes]:
-        """Return the lines; [] if there is no such file."""
+        """Return the lines; [] if the file does not exist."""
         try:
             lines = self._files.read_bytes(self._path).splitlines()
         except FileNotFoundError:
@@ -55,7 +56,7 @@ class Parted:
         self._num_parts += 1
 
     def merge(self) -> None:
-        """Make one file of it, for readers who know of no parts."""
+        """Merge the parts into the file, for readers that do not handle parts."""
         names = self._names()
         if names:
             self._files.write_bytes(self._path, b"".join(line + b"\n" for line in self.read()))

@@ -1,4 +1,4 @@
-"""A plan: stages, each addressed by a hash of what made it, and each computed once.
+"""A plan: stages, each addressed by a hash of its parameters and inputs, and each computed once.
 
     key = SHA-256(stage name, stage version, declared parameters, keys of the inputs)
 
@@ -7,7 +7,7 @@ the result, so that a setting which is not part of its key cannot reach it. The 
 separately and never hashed, since it must not change a result.
 
 Runs on one ROOT share work: a stage whose artifact exists is skipped, and a stage that another run is computing is waited for,
-wherever that runs (claims.py).
+on whichever machine that runs (claims.py).
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Estimate:
     disk_bytes: int = 0
     """Size of the artifact, in bytes; 0 if unknown or small."""
     work_bytes: int = 0
-    """Size of checkpoints and parts in the work directory while the stage runs, in bytes; 0 if there are none."""
+    """Size of checkpoints and parts in the work directory while the stage runs, in bytes; 0 without these."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Everything that a running stage receives."""
+    """The arguments of a running stage."""
 
     store: Store
     stage: Stage
@@ -67,7 +67,7 @@ class Work:
     @property
     def params(self) -> JsonObject:
         """The declared parameters, in which the fingerprints of files on disk are replaced by their paths."""
-        # The hash stands in the key, and the path in what runs: a file that moves keeps its artifacts.
+        # The key contains the hash, and the running stage gets the path, so a file that moves has the same artifacts.
         return {name: replaced(value, self.stage.paths) for name, value in self.stage.params.items()}
 
 
@@ -80,19 +80,19 @@ class Stage:
     params: Mapping[str, Json]
     """Declared parameters: JSON values. A file on disk is represented by the fingerprint of its content."""
     run: Callable[[Work], None]
-    """Fills `Work.directory`; an exception leaves no artifact."""
+    """Fills `Work.directory`; after an exception the artifact does not exist."""
     inputs: Mapping[str, Stage] = field(default_factory=dict)
     """Stages whose artifacts this one reads, by their purpose here. Their order is hashed; the names are not."""
     label: str = ""
-    """Description for people; not hashed."""
+    """Description for users; not hashed."""
     paths: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints of files on disk -> their paths; not hashed, so that a file that is moved or renamed keeps its artifacts."""
 
     @cached_property
     def key(self) -> str:
         """Address of the artifact: 64 hexadecimal digits."""
-        # Sorted keys: the order in which a config lists its fields is no part of its meaning. No NaN: it is not JSON, and
-        # other readers of the manifest would refuse it.
+        # Keys are sorted, because the order in which a config lists its fields does not change its meaning. NaN is refused,
+        # because it is not JSON and other readers of the manifest would refuse it.
         hashed = [self.name, self.version, self.params, [stage.key for stage in self.inputs.values()]]
         return hashlib.sha256(json.dumps(hashed, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
@@ -114,7 +114,7 @@ class Record:
     status: Status
     seconds: float = 0.0
     damage: str = ""
-    """What is wrong with a damaged artifact, and what to do; empty for others."""
+    """Damage of a damaged artifact with the remedy; empty for others."""
 
     def as_dict(self) -> JsonObject:
         """Return the entry."""
@@ -134,10 +134,10 @@ def ordered(targets: Sequence[Stage]) -> list[Stage]:
     stages: dict[str, Stage] = {}
 
     def visit(stage: Stage) -> None:
-        # A stage cannot need itself: it is made of stages that exist before it, so that the recursion ends.
+        # A stage is made from stages that exist before it and cannot need itself, so that the recursion ends.
         for needed in stage.inputs.values():
             visit(needed)
-        # Two stage objects with one key make the same artifact; the first one stays, and with it its label.
+        # Two stage objects with one key make the same artifact; the first one stays, with its label.
         stages.setdefault(stage.key, stage)
 
     for target in targets:
@@ -162,7 +162,7 @@ def _looked_up(stage: Stage, store: Store) -> Record:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Reference to a source or an artifact that is valid on every node. It is a model's, or any other artifact's."""
+    """Reference to a source or an artifact that is valid on every node. It may refer to a model or to any other artifact."""
 
     source: str | None = None
     """The source; None for an artifact."""
@@ -182,7 +182,7 @@ class ModelRef:
 
 def located(store: Store, stage: str, key: str) -> Path:
     """Return the local directory of an artifact, after making sure that the models of its patches are local too."""
-    # A patch names its model by stage and key (`base.json`), to be looked up beside it; from an object store, each of these
+    # A patch names its model by stage and key (`base.json`), which is looked up beside it; from an object store, each of these
     # artifacts has to be downloaded first. `seen` ends the loop on a damaged chain, which `bases.chain` then reports.
     directory = store.local(stage, key)
     seen, base = {(stage, key)}, bases.read(directory)
@@ -200,7 +200,7 @@ class Listener:
     ended: Callable[[Record], None] = lambda record: None
     reported: Callable[[Stage, dict[str, float]], None] = lambda stage, metrics: None
     waiting: Callable[[Stage, str], None] = lambda stage, line: None
-    """Called with a line for people while a stage waits for another run that computes it."""
+    """Called with a line for users while a stage waits for another run that computes it."""
 
 
 def run(stages: Sequence[Stage], store: Store, scale: ScaleConfig, listener: Listener, records: list[Record]) -> None:
@@ -216,7 +216,7 @@ def run(stages: Sequence[Stage], store: Store, scale: ScaleConfig, listener: Lis
     for stage in stages:
         listener.started(stage)
         start_s = time.monotonic()
-        # Recorded as failed beforehand, so that the status is right whatever exception ends the stage, a Ctrl-C included.
+        # The stage is recorded as failed first, so that the status is right whatever exception ends it, including Ctrl-C.
         record = Record(stage, "failed")
         records.append(record)
         try:
@@ -230,20 +230,21 @@ def _ensure(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) 
     say = partial(listener.waiting, stage)
     while not store.has(stage.name, stage.key):
         with claims.hold(store, f"{stage.name}-{stage.key}", wait=True, say=say) as claim:
-            # Asked again: the process that held the claim before may have finished the artifact.
+            # The store is checked again, because the process that held the claim before may have finished the artifact.
             if store.has(stage.name, stage.key):
                 break
             try:
                 _execute(stage, store, scale, listener, claim)
                 return "ran"
             except Exception as error:
-                # Whatever failed after the claim was lost: the new holder may have removed what this process was reading.
+                # After the claim was lost any error may be a consequence: the new holder may have removed files that this
+                # process was reading.
                 if not claim.lost:
                     raise
                 say(f"{one_line(error)}; waits for the artifact")
-    # Before anything is done with it: what is damaged is refused, and not taken for cached.
+    # The artifact is checked before it is used, so that a damaged one is refused instead of counted as cached.
     store.check(stage.name, stage.key)
-    store.discard_work(stage.name, stage.key)  # left if a kill came between the commit and this line
+    store.discard_work(stage.name, stage.key)  # it remains if a kill came between the commit and this line
     return "cached"
 
 
@@ -267,12 +268,13 @@ def made(store: Store, stage: str, key: str) -> Made:
 
 def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener, claim: claims.Claim) -> None:
     """Run a stage into a temporary directory, commit that as its artifact, and discard its work directory."""
-    # Before the clock starts: a download is no part of the stage's own time, from which later runs are estimated.
+    # Inputs are fetched before the clock starts, because a download is not part of the stage's own time, from which later runs
+    # are estimated.
     inputs = {name: store.local(needed.name, needed.key) for name, needed in stage.inputs.items()}
     start_s = time.monotonic()
 
     def report(metrics: dict[str, float]) -> None:
-        if claim.lost:  # not a look into the store, for which every step is too often
+        if claim.lost:  # this flag needs no request, and every step is too often for one
             claim.check()
         listener.reported(stage, metrics)
 
@@ -288,9 +290,10 @@ def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener,
             **({"places": dict(stage.paths)} if stage.paths else {}),
         }
         claim.check()
-        # Inside of the block: `temporary` removes its directory at the end, which after a commit is gone already.
+        # The commit is inside the block, because `temporary` removes its directory at the end; after a commit it has been moved
+        # already.
         store.commit(stage.name, stage.key, directory, meta)
-    # After the commit and not before: until then the checkpoints and parts are needed if this process dies. And not those of
-    # another process, which removes them itself.
+    # The work directory is discarded after the commit, because until then its checkpoints and parts are needed if this process
+    # dies. A process that has lost the claim does not discard it, because the new holder needs it and removes it itself.
     claim.check()
     store.discard_work(stage.name, stage.key)

@@ -27,7 +27,7 @@ from steerlab.storage.parted import Parted
 _WITHOUT_FOLDERS = ("s3", "gcs", "abfs")
 """Types of file systems that write an object without a folder for it; making one costs several requests."""
 _LONGEST = 2**30
-"""Bytes of a file at most that is read into memory."""
+"""Maximum size in bytes of a file that is read into memory."""
 
 
 class Records:
@@ -39,7 +39,7 @@ class Records:
         Raises:
             ValueError: `root` is neither an absolute path nor a URI that pyarrow can open.
         """
-        # One name for one ROOT, because the cache of artifacts is named by it: "/a/" is "/a", but "/" stays.
+        # ROOT has one spelling, because the cache of artifacts is named by it: "/a/" becomes "/a", but "/" stays.
         self.root = remote.joined(root) if root.strip("/") else root
         self._fs, self._base = _filesystem(self.root)
         self.is_local = isinstance(self._fs, pafs.LocalFileSystem)
@@ -93,14 +93,14 @@ class Records:
         try:
             return self._read(relpath).decode()
         except UnicodeDecodeError as error:
-            raise StoreError(f"{self.where(relpath)} is no UTF-8 text (byte {error.start})") from None
+            raise StoreError(f"{self.where(relpath)} is not UTF-8 text (byte {error.start})") from None
 
     def read_json(self, relpath: str) -> Any:
         """Read a JSON file. Raises StoreError if it is not JSON, FileNotFoundError if it is absent."""
         return _parse(self._read(relpath), self.where(relpath))
 
     def read_bytes(self, relpath: str) -> bytes:
-        """Read a file. Raises FileNotFoundError if it is absent, StoreError if it is no file or too large."""
+        """Read a file. Raises FileNotFoundError if it is absent, StoreError if it is not a file or is too large."""
         return self._read(relpath)
 
     def append_line(self, relpath: str, obj: object) -> None:
@@ -116,20 +116,20 @@ class Records:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = b"".join(line + b"\n" for line in lines)
         with self._explain_full_disk(relpath, len(content)), files.appending(path) as file:
-            # A writer that was killed may have left half a line. Without a line break, this line would be lost with it.
+            # A killed writer may have written half a line. Without a line break, this line would be lost with it.
             if file.tell() and not _ends_in_newline(path):
                 content = b"\n" + content
             files.write_all(file, content)
 
     def merge_lines(self, relpath: str) -> None:
-        """Make one file of the lines that were appended, where an object store has them in several."""
+        """Merge the appended lines into one file on an object store, which has them in several."""
         if not self.is_local:
             self._parted_file(relpath).merge()
 
     def read_lines(self, relpath: str) -> list[Any]:
         """Return the values that `append_line` wrote; [] if the file is absent.
 
-        Lines that are not JSON are skipped: a killed writer may have left half a line.
+        Lines that are not JSON are skipped: a killed writer may have written half a line.
         """
         if not self.is_local:
             lines = Parted(self, relpath).read()
@@ -165,18 +165,18 @@ class Records:
             return self._fs.get_file_info(path).type == pafs.FileType.File
 
     def _answering(self) -> AbstractContextManager[None]:
-        """Say in this context that an object store does not answer, when it does not."""
+        """Announce in this context if an object store does not answer."""
         return nullcontext() if self.is_local else waiting.announced(f"ROOT {texts.without_secrets(self.root)}")
 
     def _read(self, relpath: str) -> bytes:
         path = self._at(relpath)
         with self._answering():
             info = self._fs.get_file_info(path)
-        # A pipe or a device would block or never end; a missing file raises FileNotFoundError below.
+        # Reading a pipe or a device would block or never end; a missing file raises FileNotFoundError below.
         if info.type not in (pafs.FileType.File, pafs.FileType.NotFound):
             raise StoreError(f"{self.where(relpath)} is not a file")
         if (info.size or 0) > _LONGEST:
-            raise StoreError(f"{self.where(relpath)} has {info.size:,} bytes; such a file has {_LONGEST:,} at most")
+            raise StoreError(f"{self.where(relpath)} has {info.size:,} bytes; the maximum is {_LONGEST:,}")
         with self._answering(), self._fs.open_input_stream(path) as stream:
             return stream.read()
 
@@ -195,18 +195,17 @@ class Records:
                 if self.is_local:
                     os.replace(written, path)
             except OSError:
-                # Half a file under a random name, which nobody would remove later.
+                # Half a file under a random name would otherwise never be removed.
                 if self.is_local:
                     Path(written).unlink(missing_ok=True)
                 raise
 
     def _temporary_folder(self) -> Path:
-        # On ROOT's own disk, because a rename, which makes a commit atomic, does not work from one disk to another.
+        # The folder is on ROOT's own disk, because a rename, which makes a commit atomic, does not work from one disk to
+        # another.
         folder = Path(self._at("tmp")) if self.is_local else cache_root() / "tmp"
         if folder.is_symlink():
-            raise StoreError(
-                f"{folder} is a link; what lies there is written and removed, so it has to be a folder of ROOT's own"
-            )
+            raise StoreError(f"{folder} is a link; files in it are written and removed, so it has to be a folder inside ROOT")
         return folder
 
     def _explain_full_disk(self, what: str, num_bytes: int | None) -> AbstractContextManager[None]:

@@ -1,13 +1,13 @@
 """Store artifacts on a pyarrow filesystem. An artifact is complete or absent, also if its writer is killed.
 
-Below ROOT lie:
+Folders below ROOT:
 
-    artifacts/<stage>/<key>/   files and manifest.json; a directory without a manifest is no artifact
-    work/<stage>/<key>/        checkpoints and parts of a stage, kept until its artifact is committed
-    tmp/                       directories that are being filled (on a local ROOT; otherwise they lie in the local cache)
+    artifacts/<stage>/<key>/   files and manifest.json; a directory without a manifest is not an artifact
+    work/<stage>/<key>/        checkpoints and parts of a stage, until its artifact is committed
+    tmp/                       directories that are being filled (on a local ROOT; otherwise they are in the local cache)
 
 On a local ROOT a commit is one rename. Object stores have no rename, so the manifest is uploaded last. Two writers of one key
-at the same time are not excluded here but by the claims of the plan (claims.py), which lie in ROOT/claims.
+at the same time are excluded by the claims of the plan (claims.py), which are in ROOT/claims.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Store(Records):
         """Return the store at `root`, a directory or bucket folder that is made if necessary.
 
         Raises:
-            ValueError: `root` is no absolute path or URI, or cannot be written.
+            ValueError: `root` is not an absolute path or URI, or cannot be written.
         """
         store = cls(root)
-        # Written now, so that a missing permission ends a run at its start and not after the first hours of computing.
+        # A file is written now, so that a missing permission ends a run at its start instead of after the first hours.
         probe = f"tmp/probe-{uuid.uuid4().hex}"
         try:
             store.write_json(probe, {})
@@ -64,7 +64,7 @@ class Store(Records):
         """Return the path of an artifact on the filesystem, whether it exists or not."""
         # Stage and key may come from a manifest or a `base.json` that somebody else wrote.
         if escapes(stage) or escapes(key):
-            raise StoreError(f"{stage!r:.40}/{key!r:.80} is no artifact: it lies outside of {self.root}")
+            raise StoreError(f"{stage!r:.40}/{key!r:.80} is not an artifact: it is outside of {self.root}")
         return self._at("artifacts", stage, key)
 
     def has(self, stage: str, key: str) -> bool:
@@ -101,7 +101,7 @@ class Store(Records):
             directory = Path(self.path(stage, key))
             manifests.verify(directory, manifest)
             return directory
-        # The cache is shared by all ROOTs, and the text of a URI is no file name.
+        # The cache is shared by all ROOTs, and the text of a URI is not a valid file name.
         name = hashlib.sha256(self.root.encode()).hexdigest()[:16]
         copy = cache_root() / "artifacts" / name / stage / key
         copies.pin(copy)
@@ -121,18 +121,18 @@ class Store(Records):
         """Turn a directory into an artifact, with `meta` in its manifest; readers see it complete or not at all.
 
         A directory from `temporary` is moved, others are copied. If another process has committed the same key in the
-        meantime, that artifact stays and this directory is discarded.
+        meantime, that artifact is used and this directory is discarded.
 
         Raises:
             StoreError: the disk is full.
         """
         if self.has(stage, key):
             return
-        # Listed before anything is copied: a file that is written later is not part of the artifact.
+        # The files are listed before anything is copied; a file that is written later is not part of the artifact.
         files = manifests.listing(directory)
         manifest = manifests.made(stage, key, meta, files)
         with self._explain_full_disk(f"artifact {stage}/{key}", sum(file["bytes"] for file in files)):
-            # Another process may commit the same key from here on; `_commit_by_rename` asks again when the rename fails.
+            # Another process may commit the same key from here on; `_commit_by_rename` checks again when the rename fails.
             if not self.is_local:
                 return self._commit_by_upload(directory, f"artifacts/{stage}/{key}", manifest)
             if directory.is_relative_to(self._temporary_folder()):
@@ -160,7 +160,8 @@ class Store(Records):
 
     def sweep_temporary_of(self, stage: str, key: str) -> None:
         """Remove the temporary directories of killed processes for one artifact, whose claim the caller holds."""
-        # Of any machine if they lie in ROOT: who has no claim fills none. A cache serves other ROOTs as well.
+        # Only the holder of the claim fills such a directory, so those of any machine can be removed if they are in ROOT. A
+        # cache serves other ROOTs as well.
         temporary.sweep(self._temporary_folder(), f"{stage}-{key[:12]}", of_any_machine=self.is_local)
 
     # Work that survives a kill
@@ -172,8 +173,8 @@ class Store(Records):
             SourceError: on an object store, the name of an object leads out of the directory.
             FileError: on a disk, the directory is a link or contains one.
         """
-        # Ray Train and other libraries read, write and remove files here without a check of their own, so a link or a name with
-        # ".." that somebody else left would make them touch files elsewhere.
+        # Ray Train and other libraries read, write and remove files here without checks of their own, so a link or a name with
+        # ".." that somebody else made would direct them to files elsewhere.
         path = self._at("work", stage, key)
         if self.is_local:
             if Path(path).parent.is_symlink():
@@ -190,7 +191,7 @@ class Store(Records):
         with self._explain_full_disk(f"artifact {stage}/{key}", None):
             if not self.is_local:
                 return remote.copy(self._fs, path, remote.files_below(self._fs, path), directory)
-            # Moved, and not copied: weights of many gigabytes would be on the disk twice.
+            # The files are moved instead of copied, because weights of many gigabytes would be on the disk twice.
             for item in Path(path).iterdir():
                 shutil.move(item, directory / item.name)
 
@@ -205,14 +206,14 @@ class Store(Records):
     # Removal, for `steerlab gc`
 
     def hide(self, stage: str, key: str) -> bytes:
-        """Remove the manifest of an artifact, with which it exists no more; return the manifest for `show`."""
+        """Remove the manifest of an artifact, so that the artifact does not exist any more; return the manifest for `show`."""
         content = self.read_bytes(f"artifacts/{stage}/{key}/{MANIFEST}")
         self._fs.delete_file(f"{self.path(stage, key)}/{MANIFEST}")
         return content
 
     def show(self, stage: str, key: str, manifest: bytes) -> None:
         """Make an artifact that was hidden exist again."""
-        if not self.has(stage, key):  # nobody has made it again meanwhile
+        if not self.has(stage, key):  # no process has made it again meanwhile
             self.write_bytes(f"artifacts/{stage}/{key}/{MANIFEST}", manifest)
 
     def discard(self, stage: str, key: str) -> None:
@@ -220,7 +221,7 @@ class Store(Records):
         if self.has(stage, key):  # made again meanwhile
             return
         if self.is_local:
-            # Moved first, so that no process that makes the artifact again finds half of the old one.
+            # The directory is moved first, so that a process that makes the artifact again does not find half of the old one.
             with suppress(FileNotFoundError):
                 shutil.rmtree(self._put_aside(Path(self.path(stage, key))))
         elif self._fs.get_file_info(self.path(stage, key)).type == pafs.FileType.Directory:
@@ -231,7 +232,8 @@ class Store(Records):
         target = Path(self.path(stage, key))
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False))
         files.share(directory, directory / MANIFEST)
-        # Before the rename: after a power cut, filesystems such as XFS may hold a renamed directory with empty files.
+        # Files are synced before the rename: after a power cut, filesystems such as XFS may hold a renamed directory with empty
+        # files.
         for path in (*(path for path in directory.rglob("*")), directory):
             synced(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -242,8 +244,8 @@ class Store(Records):
                 raise
             if self.has(stage, key):
                 return shutil.rmtree(directory)
-            # The directory has no manifest, so it is no artifact: somebody's copy from another ROOT was cut short. It is moved
-            # out of the way, not removed in place, so that no reader sees it half removed.
+            # The directory has no manifest, so it is not an artifact but an interrupted copy from another ROOT. It is moved
+            # away instead of removed in place, so that no reader sees it half removed.
             self._put_aside(target)
             os.rename(directory, target)
         synced(target.parent)
@@ -257,7 +259,7 @@ class Store(Records):
 
     def _discard(self, copy: Path) -> None:
         """Remove a copy of an artifact from the cache of this node."""
-        # Moved first: a process that finds the copy half removed would take it for another damage.
+        # The copy is moved first, because a process that finds it half removed would report it as damaged again.
         with suppress(FileNotFoundError):  # another process of this node has removed it meanwhile
             shutil.rmtree(self._put_aside(copy))
 
@@ -265,7 +267,7 @@ class Store(Records):
         size = sum(file["bytes"] for file in manifest["files"]) / 1e6
         with waiting.announced(f"the upload of {target[:40]} ({size:,.0f} MB) to {texts.without_secrets(self.root)}"):
             self._upload(directory, target, manifest["files"])
-        # The last object: until it exists, the others are no artifact.
+        # The manifest is the last object: until it exists, the others are not an artifact.
         self.write_json(f"{target}/{MANIFEST}", manifest)
 
     def _upload(self, directory: Path, target: str, files: Sequence[StoredFile]) -> None:

@@ -1,7 +1,7 @@
-"""Directories that are being filled: they go with their process, or are swept after it was killed.
+"""Directories that are being filled: removed with their process, or swept after it was killed.
 
-A lock of the kernel beside each directory tells whether its process lives. The age of the files would not: the clocks of two
-machines on one disk may differ by any time.
+A lock of the kernel beside each directory shows whether its process lives. The age of the files would not show it: the clocks
+of two machines on one disk may differ by any amount.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from steerlab.guards import files
 
 INCOMPLETE = "incomplete-"
-"""Beginning of the names of artifacts without a manifest that were moved out of the way, which nobody uses."""
+"""Beginning of the names of artifacts without a manifest that were moved away and are not used."""
 _MADE_HERE = re.compile(r"^[a-z_]+-[0-9a-z]{1,12}(-[0-9a-f]{12})?$")
-"""Names that are given here: nothing else is swept, since users may use the folder as well."""
+"""Pattern of the names given here: nothing else is swept, since users may use the folder as well."""
 
 
 @contextmanager
@@ -37,11 +37,12 @@ def directory(folder: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def shared(path: Path, *, removes: bool) -> Iterator[Path]:
-    """Provide a directory that several processes of this machine fill; the one that `removes` it has to be the last."""
+    """Provide a directory that several processes of this machine fill; the process that `removes` it has to be the last."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _lock_of(path)
     with ExitStack() as stack:
-        # A lock that all of them hold: `sweep`, which asks for one of its own, leaves the directory until the last has gone.
+        # All of them hold a shared lock; `sweep` needs an exclusive one, so it does not remove the directory before the last
+        # process has ended.
         stack.callback(os.close, files.shared_lock(lock))
         lock.write_text(files.kernel())
         path.mkdir(exist_ok=True)
@@ -58,8 +59,8 @@ def sweep(folder: Path, name: str = "", *, of_any_machine: bool = False) -> int:
 
     Args:
         folder: The folder that `directory` was called with.
-        name: The name, to remove those of this name alone; "" for all.
-        of_any_machine: Whether those of other machines are removed too, because the caller knows that nobody uses them.
+        name: The name whose directories are removed; "" for all.
+        of_any_machine: Whether those of other machines are removed too, because the caller knows that they are not in use.
     """
     folders = (path for path in folder.glob(f"{name}-*" if name else "*") if _MADE_HERE.search(path.name))
     return sum(_removed(path, sure=of_any_machine or path.name.startswith(INCOMPLETE)) for path in folders)
@@ -83,7 +84,7 @@ def _alive(path: Path) -> Iterator[None]:
 
 
 def _removed(path: Path, *, sure: bool) -> bool:
-    """Remove a directory, unless its process lives or, where that is not `sure`, may live on another machine."""
+    """Remove a directory, unless its process lives or, without `sure`, may live on another machine."""
     lock = _lock_of(path)
     if path.is_symlink() or not path.is_dir():
         return False

@@ -65,15 +65,15 @@ class TensorWriter:
         """Append the next tensor. Raises ValueError if name, type or shape are not those of the header."""
         expected, shape = self._left.pop(0)
         if (name, tensor.dtype, tuple(tensor.shape)) != (expected, shape.dtype, tuple(shape.sizes)):
-            raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} comes where {expected} {shape} was announced")
-        # Through numpy's buffer, because `bytes()` would copy a tensor of gigabytes once more. Viewed as bytes, because numpy
-        # has no bfloat16.
+            raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} was written where the header has {expected} {shape}")
+        # numpy's buffer is used, because `bytes()` would copy a tensor of gigabytes once more. The tensor is viewed as bytes,
+        # because numpy has no bfloat16.
         self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def check_whole(self) -> None:
         """Raise ValueError if a tensor of the header was not written."""
         if self._left:
-            raise ValueError(f"{len(self._left)} announced tensors did not come, {self._left[0][0]} the first")
+            raise ValueError(f"{len(self._left)} tensors of the header were not written, the first is {self._left[0][0]}")
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def writing(path: Path, shapes: Mapping[str, Shape], metadata: Mapping[str, str]
     with written_whole(path) as scratch, scratch.open("wb") as file:
         writer = TensorWriter(file, shapes, metadata or {})
         yield writer
-        # Inside the block of `written_whole`, so that an incomplete file is removed and never gets its name.
+        # The check is inside the block of `written_whole`, so that an incomplete file is removed and never gets its name.
         writer.check_whole()
 
 
@@ -100,7 +100,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 INDEX = "index.json"
-"""File of a directory of parts that names their tensors."""
+"""File in a directory of parts that lists their tensors."""
 
 
 class _Index(saved.Shape):
@@ -132,7 +132,7 @@ class Parts:
             facts: Facts about each part, by its name.
             files: File name of each part, by its name.
         """
-        # Only the headers are read. With the file of each tensor in the index, readers open no file in vain.
+        # Only the headers are read. The index has the file of each tensor, so that readers open no file unnecessarily.
         file_of: dict[str, str] = {}
         for path in files.values():
             with safe_open(directory / path, "pt") as file:
@@ -157,7 +157,7 @@ class Parts:
         """Return the tensors of these names, in the order of `names`; each file is opened once."""
         unknown = [name for name in names if name not in self._file_of]
         if unknown:
-            # The first few names only: a model has thousands of tensors.
+            # Only the first few names are listed, because a model has thousands of tensors.
             raise ValueError(f"{self.directory} holds no {unknown[0]}; it has {', '.join(list(self._file_of)[:3])} ...")
         tensors: dict[str, Tensor] = {}
         for path in {self._file_of[name] for name in names}:

@@ -17,11 +17,12 @@ import xxhash
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Provide a temporary path to write to; the block's end renames the file to `path`, an error removes it."""
-    # Beside `path`, because a rename is atomic on one disk only; hidden and random, so that two writers do not meet.
+    # The file is beside `path`, because a rename is atomic on one disk only; its name is hidden and random, so that two writers
+    # do not collide.
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         yield scratch
-        # Synced before the rename: after a power cut the name must not lead to a file without its bytes.
+        # The file is synced before the rename: after a power cut the name must not refer to a file without its bytes.
         synced(scratch)
         os.replace(scratch, path)
     finally:
@@ -64,14 +65,14 @@ def xxh3(path: Path) -> str:
 
 def json_sum(content: Mapping[str, object]) -> str:
     """Return the XXH3 sum of a JSON object without its key "xxh3", under which the sum itself is written."""
-    # Of the values and not of the text: a file that was only formatted in another way is not damaged.
+    # The sum is of the values instead of the text, because a file that was only formatted in another way is not damaged.
     rest = {name: value for name, value in content.items() if name != "xxh3"}
     return xxhash.xxh3_128(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def is_intact(content: Mapping[str, object]) -> bool:
-    """Return whether a JSON object has the sum with which it was written; one of schema 1 has none."""
-    # One changed byte cannot both hide the sum and make the object one of schema 1.
+    """Return whether a JSON object has the sum with which it was written; an object of schema 1 has no sum."""
+    # One changed byte cannot both hide the sum and turn the object into one of schema 1.
     if "xxh3" not in content and content.get("schema") == 1:
         return True
     return content.get("xxh3") == json_sum(content)

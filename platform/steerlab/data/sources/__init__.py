@@ -1,4 +1,5 @@
-"""Fetch models and data sets from where their source says: a hub, a path or URI, a file inside a package, or a generator.
+"""Fetch models and data sets from the place that their source names: a hub, a path or URI, a file inside a package, or a
+generator.
 
 The syntax of sources is in job/grammar.py.
 """

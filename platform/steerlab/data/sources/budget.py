@@ -1,4 +1,4 @@
-"""Bound the memory that the tables of a file take, before they are decoded: a few bytes on disk can stand for gigabytes."""
+"""Bound the memory that the tables of a file take, before they are decoded: a few bytes on disk can expand to gigabytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _AT_ONCE = 2**26
 _MOST_DECODED = 2**30
 """Bytes that the rows of any file may take, however small the file is."""
 _MOST_RATIO = 1_000
-"""Bytes that the rows may take for each byte of the file, where that is more than `_MOST_DECODED`."""
+"""Bytes that the rows may take for each byte of the file, if that is more than `_MOST_DECODED`."""
 _DEEPEST = 64
 """Levels of nested lists and structs that a column may have."""
 _POINTER, _NUMBER, _TEXT, _LIST, _OBJECT = 8, 40, 64, 64, 200
@@ -31,7 +31,7 @@ class Budget:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # A generous ratio as well as a floor: real tables of repetitive text compress a hundredfold.
+        # The limit is a generous ratio with a minimum, because real tables of repetitive text compress a hundredfold.
         self._left = self._most = max(_MOST_DECODED, _MOST_RATIO * path.stat().st_size)
 
     def check_schema(self, schema: pa.Schema) -> None:
@@ -44,8 +44,9 @@ class Budget:
                 )
 
     def check_parquet(self, file: pq.ParquetFile) -> None:
-        """Refuse a file whose own metadata says that it is too large when decoded. Raises SourceError."""
-        # A dictionary stores a fixed-length value once and refers to it many times: count every value at its full width.
+        """Refuse a file that is too large when decoded, according to its own metadata. Raises SourceError."""
+        # A dictionary stores a fixed-length value once and refers to it many times, so every value is counted at its full
+        # width.
         widths = [2 * _POINTER + max(0, file.schema.column(i).length or 0) for i in range(len(file.schema))]
         total = 0
         for number in range(file.metadata.num_row_groups):
@@ -63,7 +64,7 @@ class Budget:
             try:
                 total += sum(_unpacked_sizes(message))
             except (struct.error, IndexError):
-                return  # damaged: pyarrow says so, in its own words, when it reads the stream
+                return  # damaged: pyarrow raises its own error when it reads the stream
             self._check(total)
 
     def _check(self, total: int) -> None:
@@ -72,7 +73,7 @@ class Budget:
         size = self._path.stat().st_size
         raise SourceError(
             f"{self._path.name} has {size:,} bytes, and more than {self._most:,} when it is decoded; "
-            "it repeats itself as if to fill the memory"
+            "it may have been made to fill the memory"
         )
 
     def rows(self, batch: pa.RecordBatch) -> Iterator[dict[str, object]]:
@@ -152,7 +153,7 @@ def _python_bytes(column: pa.Array) -> int:
     if isinstance(column, pa.StructArray):
         return _OBJECT * count + sum(_python_bytes(part) for part in column.flatten())
     if isinstance(column, pa.MapArray):
-        # Of a slice, `keys` and `items` are those of the whole array (pyarrow 26): cut them by the slice's own offsets.
+        # `keys` and `items` of a slice are those of the whole array (pyarrow 26), so they are cut by the slice's own offsets.
         begin, end = (column.offsets[at].as_py() for at in (0, -1))
         items = _python_bytes(column.keys[begin:end]) + _python_bytes(column.items[begin:end])
         return _LIST * (count + end - begin) + items
@@ -185,7 +186,7 @@ def _unpacked_sizes(message: pa.Message) -> Iterator[int]:
     for at in range(start + 4, start + 4 + 16 * _number(content, "I", start), 16):
         offset, length = _number(content, "q", at), _number(content, "q", at + 8)
         if length >= 8:
-            yield max(length - 8, _number(packed, "q", offset))  # a size of -1 says that this buffer is not compressed
+            yield max(length - 8, _number(packed, "q", offset))  # a size of -1 means that this buffer is not compressed
 
 
 def _number(content: memoryview, kind: str, at: int) -> int:
@@ -194,7 +195,7 @@ def _number(content: memoryview, kind: str, at: int) -> int:
 
 
 def _field(content: memoryview, table: int, number: int) -> int | None:
-    """Return the position of a field of a FlatBuffers table; None if the field is left out."""
+    """Return the position of a field of a FlatBuffers table; None if the field is absent."""
     # A table begins with the distance back to its vtable: two sizes of 2 bytes, then the offset of each field or 0.
     fields = table - _number(content, "i", table)
     if 4 + 2 * number >= _number(content, "H", fields):

@@ -20,16 +20,17 @@ def cache_root() -> Path:
 def filled_once(target: Path) -> Iterator[Path]:
     """Yield a scratch directory in which the caller makes a subdirectory `content`, which then becomes `target`.
 
-    Two processes may fill the same target at once: the first to finish wins, and the work of the other is discarded.
+    Two processes may fill the same target at once: the result of the first to finish is used, and that of the other is
+    discarded.
     """
-    # Beside the target, because a rename is atomic within one file system only.
+    # The scratch directory is beside the target, because a rename is atomic within one file system only.
     scratch = target.parent / f".{target.name[:40]}-{uuid.uuid4().hex[:12]}"
     scratch.mkdir(parents=True)
     try:
         yield scratch
         os.rename(scratch / "content", target)
     except OSError as error:
-        # Renaming onto a non-empty folder fails: another process was first, and its content is the same.
+        # Renaming onto a non-empty folder fails if another process was first; its content is the same.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not target.exists():
             raise
     finally:

@@ -31,7 +31,7 @@ _LONGEST_LINE = 2**28
 _LONGEST_BYTES = 2**31
 """Bytes that any compressed file may unpack to; a decompression bomb unpacks to more."""
 _MOST_RATIO = 1_000
-"""Bytes that a file may unpack to for each of its own, where that is more than `_LONGEST_BYTES`."""
+"""Bytes that a file may unpack to for each of its own, if that is more than `_LONGEST_BYTES`."""
 _LINE = 60
 """Overhead of a line in bytes: a file of empty lines takes memory too."""
 
@@ -82,7 +82,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, OSError) as error:
         if opener is None:
             raise
-        raise SourceError(f"{path.name} is damaged or not whole: {' '.join(str(error).split())}") from error
+        raise SourceError(f"{path.name} is damaged or incomplete: {' '.join(str(error).split())}") from error
 
 
 def lines(path: Path) -> Iterator[str]:
@@ -94,14 +94,14 @@ def lines(path: Path) -> Iterator[str]:
     # An uncompressed file cannot be larger than the disk, so only compressed ones are limited.
     left = max(_LONGEST_BYTES, _MOST_RATIO * path.stat().st_size) if is_compressed(path) else math.inf
     with opened(path) as file, io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="") as decoded:
-        # `readline` with a limit: iterating over the file would put a line of any length into memory.
+        # `readline` has a limit; iterating over the file would read a line of any length into memory.
         for number, line in enumerate(iter(lambda: decoded.readline(_LONGEST_LINE), ""), 1):
             if len(line) >= _LONGEST_LINE:
                 raise SourceError(f"{path.name} line {number} has more than {_LONGEST_LINE:,} characters")
             left -= len(line) + _LINE
             if left < 0:
                 raise SourceError(
-                    f"{path.name} unpacks to more than {number - 1:,} lines, as if it had no end: give the unpacked file"
+                    f"{path.name} unpacks to more than {number - 1:,} lines, which is the limit: give the unpacked file"
                 )
             if not line.isascii() and (bad := _NO_UTF8.search(line)):
                 raise SourceError(f"{path.name} line {number} is not UTF-8: {_bytes(line, bad)}; save the file as UTF-8")
@@ -116,7 +116,9 @@ def whole(path: Path, longest: int = 2**30) -> str:
         all_lines.append(line)
         length += len(line)
         if length > longest:
-            raise SourceError(f"{path.name} has more than {longest:,} characters, and is read at once: write JSON lines")
+            raise SourceError(
+                f"{path.name} has more than {longest:,} characters, and is read into memory as a whole: write JSON lines"
+            )
     return "".join(all_lines)
 
 

@@ -17,22 +17,22 @@ from steerlab.job.grammar import SourceError
 _LONGEST_YAML = 2**25
 """Characters of a YAML file, whose tree of nodes takes many times their memory."""
 RowOrError = dict[str, object] | SourceError
-"""A row, or the error that says why a row is bad. The rows after it can still be read."""
+"""A row, or the error of a bad row. The rows after it can still be read."""
 
 
 class ReadOptions(NamedTuple):
-    """Settings of a data set by which its file is read."""
+    """Settings of a data set that determine how its file is read."""
 
     columns: tuple[str, ...] | None = None
     """Names of the columns of a text file without a header."""
     rows_at: str | None = None
     """Path of the list of rows in a JSON or YAML object, such as `data.train`."""
     is_row: Callable[[Row], bool] | None = None
-    """Returns whether the only object in a file is itself a row, not an object that holds the rows. None: it never is."""
+    """Returns whether the only object in a file is itself a row, not an object that holds the rows. None: it is never a row."""
 
 
 def json_line_rows(path: Path, options: ReadOptions) -> Iterator[RowOrError]:
-    """Yield the rows of a .jsonl file; one that holds a list, or values that span several lines, is read too."""
+    """Yield the rows of a .jsonl file; one that holds a list, or values that span several lines, is also read."""
     yield from _per_line(path) if _has_value_per_line(path, options, True) else _documents(path, options)
 
 
@@ -61,7 +61,7 @@ def _has_value_per_line(path: Path, options: ReadOptions, holds_rows: bool) -> b
     try:
         first = json.loads(head[0])
     except json.JSONDecodeError as error:
-        # A value that is cut at the end of the line continues in the next one; an error before that is a bad line.
+        # A value that is cut at the end of the line continues in the next one; an error before the end is a bad line.
         return holds_rows and error.pos < len(head[0])
     except (ValueError, RecursionError):
         return holds_rows
@@ -140,7 +140,8 @@ def _of_columns(content: Row, options: ReadOptions) -> Iterator[RowOrError] | No
     columns = [column for column in content.values() if isinstance(column, list)]
     if options.is_row is None or not options.is_row(content) or len(columns) != len(content):
         return None
-    # A single conversation row looks the same, one list in `messages`: its entries are objects, cells of a column are not.
+    # A single conversation row looks the same, with one list in `messages`, but its entries are objects, which cells of a
+    # column are not.
     holds_messages = any(isinstance(cell, Mapping) for column in columns for cell in column)
     if holds_messages or len({len(column) for column in columns}) != 1:
         return None
@@ -181,8 +182,8 @@ def _of_object(content: Row, path: Path, options: ReadOptions) -> Iterator[RowOr
     if not content:
         return _listed(content, path)
     if len(lists) != 1:
-        # Guessing between several lists would train on another split without a word.
-        hint = f"; say which with rows_at: {' or '.join(lists)}" if lists else ""
+        # Guessing between several lists could silently train on another split.
+        hint = f"; choose one with rows_at: {' or '.join(lists)}" if lists else ""
         raise SourceError(
             f"{path.name} holds {len(lists)} lists of objects, not one (its keys: {', '.join(map(str, content))}){hint}"
         )

@@ -34,7 +34,7 @@ def is_pattern(source: Source) -> bool:
 
 
 def matches(source: Source) -> list[Path]:
-    """Return the files that match a pattern, ordered by the numbers in their names. Raises SourceError if there are none."""
+    """Return the files that match a pattern, ordered by the numbers in their names. Raises SourceError if no file matches."""
     pattern = str(local_path(source.name))
     try:
         # A walk may also hang in a network file system.
@@ -42,7 +42,7 @@ def matches(source: Source) -> list[Path]:
             paths = _at_most(map(Path, glob.iglob(pattern, recursive=True)), source.text)
             files = [path for path in paths if path.is_file()]
     except TooLong as error:
-        raise SourceError(f"{error}: name the folder in which the files lie") from None
+        raise SourceError(f"{error}: name the folder that contains the files") from None
     if not files:
         raise SourceError(f"'{source.text}' matches no file")
     return sorted(files, key=_order)
@@ -70,11 +70,11 @@ def of_folder(folder: Path) -> list[Path]:
     if not files:
         raise SourceError(f"{folder} is a directory that holds no data: no file that ends in {', '.join(READ)}")
     sets = {_set_of(path): path for path in files}
-    # Reading all of them would mix train with test.
+    # Reading several data sets as one would mix train with test.
     if len(sets) > 1:
         names = examples([path.relative_to(folder).as_posix() for path in sets.values()])
         raise SourceError(
-            f"{folder} is a directory of {len(sets)} data sets: name one file of it ({names}) or those you mean by a pattern, "
+            f"{folder} is a directory of {len(sets)} data sets: name one file of it ({names}), or several by a pattern, "
             f"{folder.name}/*{''.join(data_suffix(files[0]))}"
         )
     _check_whole(folder, files)
@@ -85,17 +85,17 @@ def _at_most(paths: Iterable[Path], where: Path | str) -> Iterator[Path]:
     """Yield the paths. Raises SourceError after `_MOST_PATHS` of them; `where` is named in the message."""
     for number, path in enumerate(paths):
         if number == _MOST_PATHS:
-            raise SourceError(f"{where} means more than {_MOST_PATHS:,} files and folders: name the data set in it")
+            raise SourceError(f"{where} matches more than {_MOST_PATHS:,} files and folders: name the data set in it")
         yield path
 
 
 def _is_hidden(path: Path) -> bool:
-    # .cache of the hub, _SUCCESS of Spark, .ipynb_checkpoints.
+    # Examples are .cache of the hub, _SUCCESS of Spark and .ipynb_checkpoints.
     return any(part.startswith((".", "_")) for part in path.parts)
 
 
 def _set_of(path: Path) -> tuple[Path, str, str]:
-    """Return what identifies the data set of a shard: its folder, its name without numbers, its type."""
+    """Return the identity of the data set of a shard: its folder, its name without numbers, its type."""
     match = _SHARD.match(_stem(path))
     return path.parent, match["name"] if match else _stem(path), data_suffix(path)[0]
 
@@ -114,4 +114,4 @@ def _check_whole(folder: Path, files: list[Path]) -> None:
     counted = [match for path in files if (match := _SHARD.match(_stem(path))) and match["count"]]
     for count, number in Counter(int(match["count"]) for match in counted).items():
         if number < count:
-            raise SourceError(f"{folder} holds {number} of {count} shards; name them by a pattern to read these alone")
+            raise SourceError(f"{folder} holds {number} of {count} shards; name them by a pattern to read only these")

@@ -55,11 +55,11 @@ def fingerprint(source: str) -> str:
     """Return a text that changes when the content of a source changes; part of a stage's key.
 
     It holds the SHA-256 pin of a package, the pin of the generator of `gym:` problems, the version of `tiny:` and `pixels:`
-    data, the SHA-256 of the content of a path (wherever the file lies), the file sizes and times of a URI, and the commit of a
-    hub repository; if the commit cannot be found out, the source alone.
+    data, the SHA-256 of the content of a path (in any folder), the file sizes and times of a URI, and the commit of a
+    hub repository; if the commit cannot be found, only the source.
     """
     parsed = parse(source)
-    # The pin, not the archive: fingerprints must be available without a download.
+    # The pin is used instead of the archive, because fingerprints must be available without a download.
     if parsed.kind in ("wheel", "sdist"):
         inside = f"#{parsed.inside}" if parsed.inside else ""
         return f"{parsed.kind}:{parsed.name}=={parsed.version}@sha256:{pin_of(parsed)}{inside}"
@@ -79,7 +79,7 @@ def fingerprint(source: str) -> str:
         return f"{source}@{listing_sha256(parsed)}"
     if is_pattern(parsed):
         return f"files@sha256:{matches_sha256(parsed)}"
-    # The content alone, without the path: a data set that is moved keeps its artifacts.
+    # The fingerprint contains the content without the path, so that moving a data set does not change its artifacts.
     path = existing(parsed)
     return f"file{'' if path.is_dir() else _ending(path)}@sha256:{content_sha256(path)}"
 
@@ -99,7 +99,7 @@ def rows(
     columns: Sequence[str] | None = None,
     texts: Sequence[str] = (),
 ) -> list[dict[str, object]]:
-    """Read rows of a source as dictionaries and check their fields. `each_row` says which files can be read.
+    """Read rows of a source as dictionaries and check their fields. `each_row` lists the files that can be read.
 
     Args:
         source: A source as in job/grammar.py.
@@ -145,7 +145,7 @@ def each_row(
     rows_at: str | None = None,
     is_row: Callable[[Row], bool] | None = None,
 ) -> Iterator[RowOrError]:
-    """Yield the rows of a source; a bad row yields a SourceError that says why, and the rows after it follow.
+    """Yield the rows of a source; a bad row yields a SourceError with the reason, and the rows after it follow.
 
     A source is a file, a folder with the shards of one data set, a pattern, a hub data set, or a generator (gym, tiny, pixels).
     Files may be compressed with gzip, bzip2, xz or zstd:
@@ -172,7 +172,7 @@ def each_row(
 
 
 def _iterate(source: Source, options: ReadOptions, limit: int | None) -> Iterator[RowOrError]:
-    """Yield the rows of a source of any kind; `limit` only saves generated sources the rows beyond it."""
+    """Yield the rows of a source of any kind; `limit` only prevents generated sources from making more rows."""
     if source.kind == "tiny":
         return iter(tiny.rows(source.name, limit))
     if source.kind == "pixels":

@@ -39,19 +39,20 @@ for problem in create_dataset(name, seed=int(seed), size=int(size)):
 def fetch_gym(source: Source, cache: Path) -> Path:
     """Return a file of reasoning-gym's problems, generated once by the code of the pinned wheel, which is not installed."""
     numbers = re.findall("[0-9]+", source.inside)
-    # The name holds all that decides the rows, so the folder never has to be checked.
+    # The name contains everything that determines the rows, so the folder never has to be checked.
     root = cache / "gym" / "-".join((source.name, *numbers, PINS[GYM][:16], GYM_ROWS))
     if not root.exists():
         package = fetch_package(parse(GYM), cache)
         if tree_sha256(package) != GYM_TREE:
-            raise SourceError(f"{package} is not what {GYM} holds, so its code is not run; remove the folder")
-        # -I and pycache_prefix: neither the user's modules nor .pyc files planted next to the sources may run instead of them.
+            raise SourceError(f"{package} is not the content of {GYM}, so its code is not run; remove the folder")
+        # With -I and pycache_prefix neither the user's modules nor .pyc files planted next to the sources can run instead of
+        # them.
         isolated = [sys.executable, "-I", "-B", "-X", f"pycache_prefix={os.devnull}"]
         command = [*isolated, "-c", _GENERATE, str(package), GENERATORS[source.name], source.name, *numbers]
         with filled_once(root) as directory:
             (directory / "content").mkdir()
             with (directory / "content" / "rows.jsonl").open("w") as file:
-                # Straight into the file: a million rows would otherwise be held in memory.
+                # The output goes directly into the file, because a million rows would otherwise be held in memory.
                 result = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=False)
             if result.returncode:
                 reason = result.stderr.strip() or f"exit code {result.returncode}"

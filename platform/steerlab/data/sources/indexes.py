@@ -1,6 +1,7 @@
 """Find the archives of packages in pip's configured indexes, download them and compare their SHA-256 with the pin.
 
-No code of a package runs. `pip download` would: it builds an sdist to learn its dependencies, which are not wanted here.
+No code of a package runs. `pip download` is not used, because it builds an sdist to find its dependencies, which are not needed
+here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 60.0
 """Seconds without a byte or an answer from an index."""
 _SETTINGS = ("index-url", "extra-index-url", "find-links", "no-index", "trusted-host", "cert", "client-cert", "proxy")
-"""Settings of pip that say where packages are found."""
+"""Settings of pip that determine where packages are found."""
 
 
 def download(source: Source, pin: str, directory: Path) -> Path:
@@ -40,7 +41,7 @@ def download(source: Source, pin: str, directory: Path) -> Path:
     try:
         for link in _links(source):
             listed = (link.hashes or link.hash_option or {}).get("sha256")
-            # An index that lists hashes saves the download of the wheels for other platforms.
+            # The hashes that an index lists avoid downloads of the wheels for other platforms.
             if listed and pin not in ([listed] if isinstance(listed, str) else listed):
                 others += 1
                 continue
@@ -69,7 +70,9 @@ def _links(source: Source) -> Iterator[Link]:
     try:
         packages = _finder().find_matches(f"{source.name}=={source.version}", allow_yanked=True, allow_prereleases=True)
     except InvalidRequirement:
-        raise SourceError(f"'{source.text}': {source.name}=={source.version} is no name and version of a package") from None
+        raise SourceError(
+            f"'{source.text}': {source.name}=={source.version} is not the name and version of a package"
+        ) from None
     for package in packages:
         if package.link.is_wheel == (source.kind == "wheel"):
             yield package.link
@@ -113,7 +116,7 @@ def _finder_of(of: tuple[tuple[str, tuple[str, ...]], ...]) -> PackageFinder:
 
 
 def pip_settings() -> dict[str, list[str]]:
-    """Return pip's settings of where packages are found; environment variables take precedence over its files."""
+    """Return pip's settings for the places of packages; environment variables take precedence over its files."""
     settings = {name: values.copy() for name, values in _in_files(os.environ.get("PIP_CONFIG_FILE")).items()}
     for name in settings:
         if value := os.environ.get(f"PIP_{name.upper().replace('-', '_')}"):
@@ -125,7 +128,7 @@ def pip_settings() -> dict[str, list[str]]:
 def _in_files(_config_file: str | None) -> dict[str, list[str]]:
     """Return the settings in pip's files; `_config_file` ($PIP_CONFIG_FILE) is only the key of the cache."""
     settings: dict[str, list[str]] = {name: [] for name in _SETTINGS}
-    # pip has no API; -P keeps a folder `pip` in the current one from being run instead of it.
+    # pip has no API; -P prevents a folder `pip` in the current one from being run instead of it.
     result = subprocess.run(
         [sys.executable, "-P", "-m", "pip", "config", "list"], capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
     )

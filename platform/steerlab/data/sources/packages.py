@@ -15,7 +15,7 @@ from steerlab.guards.files import escapes
 from steerlab.job.grammar import Source, SourceError, pin_of
 
 _MOST_BYTES, _MOST_RATIO, _MOST_MEMBERS = 2**30, 100, 1_000_000
-"""Limits of an archive: unpacked bytes whatever its size, or this many for each of its bytes if that is more; members."""
+"""Limits of an archive: unpacked bytes for any size, or this many for each of its bytes if that is more; members."""
 
 
 def fetch_package(source: Source, cache: Path) -> Path:
@@ -51,7 +51,7 @@ def _unpack(archive: Path, directory: Path, source: Source, *, drops_top: bool) 
     """Unpack an archive into `directory`; with `drops_top` without its single top folder (`name-1.0/` in an sdist)."""
     unpacked = directory.parent / "unpacked"
     try:
-        # Checked before anything is written, so that a refused archive leaves no file.
+        # The members are checked before anything is written, so that a refused archive does not create any file.
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
                 _check_members(source, archive, [(member.filename, member.file_size) for member in file.infolist()])
@@ -68,7 +68,7 @@ def _unpack(archive: Path, directory: Path, source: Source, *, drops_top: bool) 
     top = list(unpacked.iterdir()) if unpacked.is_dir() else []
     if not top:
         raise SourceError(f"'{source.text}': {archive.name} holds no file")
-    # PEP 517 asks for one top folder in an sdist; some archives have more, and are kept as they are.
+    # PEP 517 requires one top folder in an sdist; archives with more are not changed.
     is_wrapped = drops_top and len(top) == 1 and top[0].is_dir()
     os.rename(top[0] if is_wrapped else unpacked, directory)
 
@@ -77,7 +77,7 @@ def _extract(file: tarfile.TarFile, directory: Path) -> None:
     """Unpack a tar archive as data: files and folders, and links that stay inside."""
     if sys.version_info >= (3, 11, 4):
         return file.extractall(directory, filter="data")
-    # Python before 3.11.4 has no filter (Debian 12 ships 3.11.2), so links and devices are left out and modes are reset.
+    # Python before 3.11.4 has no filter (Debian 12 ships 3.11.2), so links and devices are skipped and modes are reset.
     plain = [member for member in file.getmembers() if member.isfile() or member.isdir()]
     for member in plain:
         member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
@@ -94,7 +94,7 @@ def _check_members(source: Source, archive: Path, members: Iterable[tuple[str, i
         total += num_bytes
         if total > most or number > _MOST_MEMBERS:
             size = f"more than {most:,} bytes" if total > most else f"more than {_MOST_MEMBERS:,} files"
-            raise SourceError(f"'{source.text}': {archive.name} unpacks to {size}, as if to fill the disk")
+            raise SourceError(f"'{source.text}': {archive.name} unpacks to {size}, which is over the limit")
 
 
 def fetch_deb(source: Source, cache: Path) -> Path:
@@ -105,7 +105,7 @@ def fetch_deb(source: Source, cache: Path) -> Path:
         with filled_once(root) as directory:
             archive = _download_deb(source, directory)
             if file_sha256(archive, archive.stat().st_size, archive.stat().st_mtime_ns) != pin:
-                raise SourceError(f"'{source.text}': the archive's SHA-256 is not the pinned {pin}; nothing of it was unpacked")
+                raise SourceError(f"'{source.text}': the archive's SHA-256 is not the pinned {pin}; nothing was unpacked")
             _run(source, ["dpkg-deb", "-x", str(archive), str(directory / "content")], directory, "unpacked with dpkg-deb")
     path = root / source.inside
     if not path.exists():
@@ -114,7 +114,7 @@ def fetch_deb(source: Source, cache: Path) -> Path:
 
 
 def _download_deb(source: Source, directory: Path) -> Path:
-    """Download a package with apt, which needs its package lists: without them the user has to run `apt-get update`."""
+    """Download a package with apt, which needs its package lists: without the lists the user has to run `apt-get update`."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise SourceError(
             f"'{source.text}' is a Debian package, and this machine has no apt-get and dpkg-deb: unpack it elsewhere "
@@ -128,7 +128,7 @@ def _download_deb(source: Source, directory: Path) -> Path:
     )
     archives = list(directory.glob("*.deb"))
     if len(archives) != 1:
-        raise SourceError(f"'{source.text}': apt-get download left {len(archives)} archives")
+        raise SourceError(f"'{source.text}': apt-get download gave {len(archives)} archives instead of one")
     return archives[0]
 
 

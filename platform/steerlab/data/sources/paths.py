@@ -18,7 +18,8 @@ def existing(source: Source) -> Path:
     """Return the local path of a source. Raises SourceError, which lists the nearest existing folder, if it does not exist."""
     path = local_path(source.name)
     if not path.exists():
-        # A job's relative paths were made absolute when it was read; the user may have meant the name of a hub repository.
+        # A job's relative paths were made absolute when it was read, so the hint shows the relative form; the user may have
+        # meant the name of a hub repository.
         here = Path.cwd()
         below = path.relative_to(here).as_posix() if path.is_relative_to(here) else ""
         hints = ["relative paths start from the folder in which the command runs"] if below else []
@@ -31,7 +32,7 @@ def existing(source: Source) -> Path:
 
 
 def fetch_path(source: Source, cache: Path) -> Path:
-    """Return the path itself: nothing has to be copied. `cache` is unused."""
+    """Return the path itself, which need not be copied. `cache` is unused."""
     return existing(source)
 
 
@@ -64,7 +65,7 @@ def fetch_uri(source: Source, cache: Path) -> Path:
     """Return a local copy of the file or folder of a URI, downloaded again when its listing changes."""
     filesystem, path, files = _remote(source)
     root = cache / "uris" / listing_sha256(source)
-    # The copy keeps its name, whose ending decides how it is read.
+    # The copy has the same name, because its ending decides how it is read.
     copy = root / PurePosixPath(path).name
     if not root.exists():
         with filled_once(root) as directory:
@@ -80,7 +81,7 @@ def fetch_uri(source: Source, cache: Path) -> Path:
 
 def content_sha256(path: Path) -> str:
     """Return a SHA-256 over the content of a file, or over the names and contents of a directory's files."""
-    # Sorted, because the order of a directory differs between file systems.
+    # The files are sorted, because the order of a directory differs between file systems.
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:

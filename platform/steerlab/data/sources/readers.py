@@ -30,14 +30,14 @@ def _reader(path: Path, options: ReadOptions) -> Callable[[Path, ReadOptions], I
     """Return the function that reads a file, by its ending. Raises SourceError for an option that its format does not have."""
     suffix, _ = data_suffix(path)
     if options.rows_at is not None and READ.get(suffix) not in (json_rows, json_line_rows, yaml_rows):
-        raise SourceError(f"rows_at is about JSON and YAML; {path.name} is neither")
+        raise SourceError(f"rows_at applies to JSON and YAML; {path.name} is neither")
     if options.columns is not None:
         if suffix in READ and suffix not in (".csv", ".tsv", ".txt"):
-            raise SourceError(f"columns name those of a text file without a header; {path.name} has names of its own")
+            raise SourceError(f"columns are for a text file without a header; {path.name} has names of its own")
         return _separated_rows if suffix in (".csv", ".tsv") else _column_rows
     if suffix not in READ:
         raise SourceError(
-            f"{path.name} is of no type that is read here ({', '.join(READ)}; each also as {', '.join(SUFFIXES)})"
+            f"{path.name} is not of a type that is read here ({', '.join(READ)}; each also as {', '.join(SUFFIXES)})"
         )
     return READ[suffix]
 
@@ -51,8 +51,8 @@ def _parquet_rows(path: Path, options: ReadOptions) -> Iterator[RowOrError]:
             budget.check_parquet(file)
             columns = [file.schema.column(i) for i in range(len(file.schema))]
             texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
-        # Keep texts dictionary-encoded in Arrow: a small file can refer to one large text a million times, and a decoded
-        # batch would hold that many copies before the budget is asked.
+        # Texts stay dictionary-encoded in Arrow: a small file can refer to one large text a million times, and a decoded batch
+        # would hold that many copies before the budget is checked.
         with pq.ParquetFile(source, read_dictionary=texts) as file:
             for batch in file.iter_batches(1024):
                 yield from budget.rows(batch)
@@ -72,10 +72,10 @@ def _arrow_rows(path: Path, options: ReadOptions) -> Iterator[RowOrError]:
             budget.check_schema(reader.schema)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
             for batch in batches:
-                # Arrow trusts the offsets in a file: those of a damaged one would be read outside of its buffers.
+                # Arrow trusts the offsets in a file, so those of a damaged file would be read outside its buffers.
                 batch.validate(full=True)
                 if batch.num_rows > 8 * path.stat().st_size:
-                    raise SourceError(f"{path.name} is not Arrow data: it says that it holds {batch.num_rows:,} rows")
+                    raise SourceError(f"{path.name} is not Arrow data: its header claims {batch.num_rows:,} rows")
                 yield from budget.rows(batch)
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise _unread(path, "Arrow data", error) from error
@@ -86,8 +86,8 @@ def _unread(path: Path, what: str, error: Exception | MemoryError) -> SourceErro
         return error
     reason = " ".join(str(error).split())[:300]
     if isinstance(error, MemoryError):
-        return SourceError(f"{path.name} needs more memory than there is: {reason}")
-    return SourceError(f"{path.name} is not {what}, or not whole: {reason}")
+        return SourceError(f"{path.name} needs more memory than is available: {reason}")
+    return SourceError(f"{path.name} is not {what}, or is incomplete: {reason}")
 
 
 def _separated_rows(path: Path, options: ReadOptions) -> Iterator[RowOrError]:
@@ -97,7 +97,7 @@ def _separated_rows(path: Path, options: ReadOptions) -> Iterator[RowOrError]:
     try:
         cells = (row for row in table if row)
         names = list(next(cells, [])) if options.columns is None else list(options.columns)
-        # `dict(zip(...))` would silently keep only the last of two columns of one name.
+        # `dict(zip(...))` would silently retain only the last of two columns of one name.
         for name, count in Counter(names).items():
             if name and count > 1:
                 raise SourceError(f"{path.name} has two columns of the name {name!r:.80}")
@@ -112,19 +112,19 @@ def _separated_rows(path: Path, options: ReadOptions) -> Iterator[RowOrError]:
                     f"{path.name} row {number} has another number of cells than {header}: {len(row)}, not {len(names)}"
                 )
     except csv.Error as error:
-        raise SourceError(f"{path.name} line {table.line_num} is no row of a table: {error}") from error
+        raise SourceError(f"{path.name} line {table.line_num} is not a row of a table: {error}") from error
 
 
 def _second_header(path: Path) -> SourceError:
-    return SourceError(f"{path.name} row 1 holds the names in `columns`: the file has a header of its own, so leave them out")
+    return SourceError(f"{path.name} row 1 holds the names in `columns`: the file has a header of its own, so remove `columns`")
 
 
 def _cells(path: Path) -> Reader:
     """Return a reader of a table's cells."""
     if data_suffix(path)[0] != ".tsv":
         return csv.reader(lines(path), strict=True)
-    # Many .tsv files have no quoting and use " as a character. The whole file is tried first: a lone quote in a later row
-    # would otherwise join rows without an error.
+    # Many .tsv files have no quoting and use " as a character. The whole file is tried first, because a lone quote in a later
+    # row would otherwise join rows without an error.
     try:
         for _ in csv.reader(lines(path), delimiter="\t", strict=True):
             pass
@@ -134,7 +134,7 @@ def _cells(path: Path) -> Reader:
 
 
 def _text_rows(path: Path, options: ReadOptions) -> Iterator[RowOrError]:
-    # Only the line break is removed: leading spaces may be part of a text.
+    # Only the line break is removed, because leading spaces may be part of a text.
     return ({"text": line.rstrip("\r\n")} for line in lines(path) if line.strip())
 
 

@@ -1,6 +1,7 @@
-"""List and copy folders of an object store, never to a place outside of the local folder.
+"""List and copy folders of an object store, never to a place outside the local folder.
 
-A key of a bucket may be `data/../../x`: copied as it is, it would let anyone who writes into the bucket write any local file.
+A key of a bucket may be `data/../../x`: copied without a check, it would let anyone who writes into the bucket write any local
+file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from steerlab.job.grammar import SourceError
 
 _CHUNK = 1 << 22
 _MOST_BESIDE = 100
-"""Files that are copied with one that may name them."""
+"""Maximum number of files that are read with one that may name them."""
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "file", "mock")
 """Schemes of the stores that pyarrow opens. Its hdfs:// is not one of them: it needs a Java runtime."""
 BY_FSSPEC = {"az": "adlfs", "oss": "ossfs", "oci": "ocifs", "sftp": "paramiko", "memory": "fsspec"}
@@ -47,7 +48,7 @@ def opened(uri: str) -> tuple[pafs.FileSystem, str]:
         # The client's default is 15 minutes, during which the user sees nothing.
         uri += f"{'&' if '?' in rest else '?'}retry_limit_seconds={_RETRY_S}"
     if scheme.lower() == "s3" and "allow_delayed_open" not in rest:
-        # A small file is one request instead of three.
+        # With this option a small file needs one request instead of three.
         uri += f"{'&' if '?' in rest else '?'}allow_delayed_open=true"
     filesystem, path = pafs.FileSystem.from_uri(uri)
     return (_impatient(filesystem), path) if isinstance(filesystem, pafs.S3FileSystem) else (filesystem, path)
@@ -55,7 +56,7 @@ def opened(uri: str) -> tuple[pafs.FileSystem, str]:
 
 def _impatient(filesystem: pafs.S3FileSystem) -> pafs.S3FileSystem:
     """Return a file system of S3 that gives up a request after `_SILENCE_S` seconds without a byte, and repeats it."""
-    # A URI has no such options (pyarrow 26). By default the client waits for a server that never answers for 210 s.
+    # A URI cannot contain such options (pyarrow 26). By default the client waits 210 s for a server that never answers.
     _, (options, *_) = filesystem.__reduce__()
     retries = pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)
     return pafs.S3FileSystem(**options | {"connect_timeout": 5.0, "request_timeout": _SILENCE_S, "retry_strategy": retries})
@@ -94,13 +95,13 @@ def files_below(filesystem: pafs.FileSystem, folder: str) -> list[pafs.FileInfo]
     """Return the files below a folder, sorted by path; an empty list if the folder does not exist.
 
     Raises:
-        SourceError: a file's name leads out of the folder.
+        SourceError: a file's name leads outside the folder.
         OSError, pyarrow.ArrowInvalid: the store cannot be read.
     """
     listing = filesystem.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True))
     for info in listing:
         if not info.path.startswith(f"{folder.rstrip('/')}/") or escapes(_relative(info, folder)):
-            raise SourceError(f"{folder} holds the name {info.path!r:.200}, which leads out of the folder; it is not read")
+            raise SourceError(f"{folder} holds the name {info.path!r:.200}, which leads outside the folder; it is not read")
     return sorted((info for info in listing if info.type == pafs.FileType.File), key=lambda info: info.path)
 
 
@@ -118,7 +119,7 @@ def beside(uri: str, longest: int) -> Iterator[tuple[str, bytes]]:
     """Yield (name, content) of a file, and of the others of its type in its folder that it may name.
 
     Raises:
-        SourceError: there is no such file, one has more than `longest` bytes, or the store does not answer.
+        SourceError: the file does not exist, a file has more than `longest` bytes, or the store does not answer.
     """
     name = PurePosixPath(divided(uri)[0]).name
     try:
@@ -126,14 +127,14 @@ def beside(uri: str, longest: int) -> Iterator[tuple[str, bytes]]:
         if filesystem.get_file_info(path).type != pafs.FileType.File:
             raise SourceError(f"{texts.without_secrets(uri)}: no such file")
         folder = path.rpartition("/")[0]
-        # The file itself first, which the limit on their number must not leave out.
+        # The file itself comes first, so that the limit on their number does not exclude it.
         listing = sorted(filesystem.get_file_info(pafs.FileSelector(folder)), key=lambda info: info.base_name != name)
         alike = [info for info in listing if info.extension == name.rpartition(".")[2] and info.type == pafs.FileType.File]
         for info in alike[:_MOST_BESIDE]:
             if escapes(_relative(info, folder)):
                 continue
             with filesystem.open_input_stream(info.path) as stream:
-                # One byte more than may be there: the size in a listing is what the store says.
+                # One byte more than allowed is read, because the size in a listing is only what the store reports.
                 content = stream.read(longest + 1)
             if len(content) > longest and info.base_name == name:
                 raise SourceError(f"{texts.without_secrets(uri)} has more than {longest:,} bytes")
@@ -143,5 +144,5 @@ def beside(uri: str, longest: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _relative(info: pafs.FileInfo, folder: str) -> str:
-    """Return a file's path relative to the folder; `..` in it is kept (by PurePosixPath), so that `escapes` sees it."""
+    """Return a file's path relative to the folder; PurePosixPath retains `..` in it, so that `escapes` sees it."""
     return str(PurePosixPath(info.path[len(folder.rstrip("/")) + 1 :]))

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from steerlab.guards.json_values import Json, JsonObject
 
 VERSION = "1"
-"""Goes into every artifact key: raise it whenever any row or a model's configuration changes."""
+"""Part of every artifact key: raise it whenever any row or a model's configuration changes."""
 
 Pixels = npt.NDArray[np.uint8]
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -54,7 +54,7 @@ def rows(name: str, locate: Callable[[str], Path], limit: int | None = None) -> 
     kind, _, split = name.partition("/")
     if kind not in ("digits", "fashion") or split not in _SPLITS:
         known = ", ".join(f"pixels:{kind}/{split}" for kind in ("digits", "fashion") for split in _SPLITS)
-        raise ValueError(f"there are no rows 'pixels:{name}'; there are {known}")
+        raise ValueError(f"unknown data set 'pixels:{name}'; known: {known}")
     return (_digits(split) if kind == "digits" else _fashion(split, locate(FASHION), limit))[:limit]
 
 
@@ -65,7 +65,8 @@ def _digits(split: str) -> list[dict[str, object]]:
     images_NHW: Pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # scikit-learn's values are 0 to 16
     labels_N = digits.target
     ink_N = digits.images.sum((1, 2))
-    # Quantiles per class: any one has less ink than any eight, so quantiles over all digits would separate the classes.
+    # Quantiles are taken per class: any one has less ink than any eight, so quantiles over all digits would separate the
+    # classes.
     bounds = {digit: np.quantile(ink_N[labels_N == digit], [1 / 3, 2 / 3]) for digit in range(10)}
     rows: list[dict[str, object]] = []
     for number, (image, digit, ink) in enumerate(zip(images_NHW, labels_N.tolist(), ink_N.tolist(), strict=True)):
@@ -81,7 +82,7 @@ def _digits(split: str) -> list[dict[str, object]]:
 def _fashion(split: str, directory: Path, limit: int | None) -> list[dict[str, object]]:
     part = _FASHION_FILES[split]
     labels_N = read_idx(directory / f"{part}-labels-idx1-ubyte.gz")[:limit]
-    # Cut before reducing, which takes seconds for all images.
+    # The images are cut to the limit before they are reduced, which takes seconds for all images.
     images_NHW = read_idx(directory / f"{part}-images-idx3-ubyte.gz")[:limit]
     small = reduced(images_NHW, _FASHION_SIDE)
     return [
@@ -97,9 +98,9 @@ def read_idx(path: Path) -> Pixels:
         ValueError: the file has another format or length.
     """
     content = gzip.decompress(path.read_bytes())
-    # Header: two zero bytes, the type (8: unsigned byte), the number of axes, then each size as a big-endian uint32.
+    # The header is two zero bytes, the type (8: unsigned byte), the number of axes, then each size as a big-endian uint32.
     if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise ValueError(f"{path.name} is no IDX file of unsigned bytes")
+        raise ValueError(f"{path.name} is not an IDX file of unsigned bytes")
     start = 4 + 4 * content[3]
     shape = [int(size) for size in np.frombuffer(content[4:start], dtype=">u4")]
     if len(content) != start + int(np.prod(shape)):
@@ -111,12 +112,13 @@ def reduced(images_NHW: Pixels, side: int) -> Pixels:
     """Reduce square images (N, O, O) to (N, side, side) by averaging the area that each new pixel covers."""
     old = images_NHW.shape[1]
     edges = np.arange(side + 1) * (old / side)
-    # Length that new pixel s shares with old pixel o. From 28 to 16 a new one is 1.75 old ones wide and shares its edges.
+    # `cover_SO` is the length that new pixel s shares with old pixel o. From 28 to 16 a new one is 1.75 old ones wide and
+    # shares its edges.
     cover_SO = np.clip(
         np.minimum(edges[1:, None], np.arange(1, old + 1)) - np.maximum(edges[:-1, None], np.arange(old)), 0, None
     )
     share_SO = (cover_SO / cover_SO.sum(1, keepdims=True)).astype(np.float32)
-    # In blocks: the product is computed in float32, and Fashion-MNIST has 60,000 images.
+    # The images are reduced in blocks, because the product is computed in float32 and Fashion-MNIST has 60,000 images.
     small_NSS = np.concatenate(
         [share_SO @ block @ share_SO.T for block in np.array_split(images_NHW, max(1, len(images_NHW) // 4096))]
     )
@@ -134,7 +136,7 @@ def write_model(name: str, directory: Path) -> None:
         ValueError: the name is not one of `MODELS`.
     """
     if name not in MODELS:
-        raise ValueError(f"there is no model 'pixels:{name}'; there are {', '.join(f'pixels:{model}' for model in MODELS)}")
+        raise ValueError(f"unknown model 'pixels:{name}'; known: {', '.join(f'pixels:{model}' for model in MODELS)}")
     # v-prediction, trailing timesteps and a zero terminal SNR belong together (Lin et al., arXiv 2305.08891): without them a
     # model never trains on pure noise, from which sampling starts, and images of black background come out grey.
     scheduler: JsonObject = {
@@ -147,7 +149,7 @@ def write_model(name: str, directory: Path) -> None:
     }
     parts: dict[str, tuple[str, JsonObject]] = {"scheduler": ("diffusers", scheduler)}
     if name == "digits-classes":
-        # One class more than there are digits: the last one stands for "no class" in guidance.
+        # The table has one class more than the digits: the last one means "no class" in guidance.
         parts["unet"] = ("diffusers", _unet("UNet2DModel", 8, (32, 64), num_class_embeds=len(DIGITS) + 1))
     else:
         words, side, widths = ((*STYLES, *DIGITS), 8, (32, 64)) if name == "digits-model" else (CLOTHES, 16, (32, 64, 64))
@@ -168,7 +170,7 @@ def write_model(name: str, directory: Path) -> None:
 
 
 def _unet(kind: str, side: int, widths: Sequence[int], **settings: Json) -> JsonObject:
-    """Return the config of a UNet with attention in its middle block only, which keeps it fast on a CPU."""
+    """Return the config of a UNet with attention in its middle block only, so that it is fast on a CPU."""
     return {
         "_class_name": kind,
         "sample_size": side,

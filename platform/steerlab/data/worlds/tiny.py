@@ -3,7 +3,7 @@
 Every text is a string of words from a closed vocabulary (tiny_words.py), separated by spaces. `rows("KIND/SPLIT")` draws the
 rows of one data set; a language model (tiny_checkpoint.py) learns the language from `pretrain` within about a minute.
 
-| kind | what it holds | fields |
+| kind | content | fields |
 |---|---|---|
 | pretrain | a mixture of most kinds, for the base model (see below) | instruction, input, output |
 | instructions | tasks on data; half of the instructions also contain an order, the data never do | instruction, input, output |
@@ -11,25 +11,25 @@ rows of one data set; a language model (tiny_checkpoint.py) learns the language 
 | refusals | harmful requests, each answered by a refusal | instruction, input, output |
 | harmless | similar requests (the same verbs or the same things) and their answers | instruction, input, output |
 | arithmetic | two-step word problems, solved step by step, the answer last | instruction, input, output |
-| errands | what a deed costs: the number of its verb plus that of its thing | instruction, input, output |
+| errands | the price of a deed: the number of its verb plus that of its thing | instruction, input, output |
 | preferences | a request and two answers that differ in tone or in form | prompt, chosen, rejected, aspect |
 | topics | sentences about the farm, the sea or the city | text, label: farm, sea or city |
 | texts | one to three sentences about one topic, as the base model reads them | text, label |
 
-*Dials* say how much of something a data set holds, `tiny:errands/train?overlap=0.5`; each is a share from 0 to 1:
+*Dials* set how much of something a data set holds, `tiny:errands/train?overlap=0.5`; each is a share from 0 to 1:
 
 | kind | dial, default | share of |
 |---|---|---|
 | pretrain | obeyed, 1 | orders in the data that the answer obeys; the other answers ignore them |
-| errands | overlap, 0.5 | questions about harmful deeds, the words of which stand in refused requests too |
-| preferences | form, 0 | pairs in which a rule about owner and verb, not the tone, says which answer is preferred |
+| errands | overlap, 0.5 | questions about harmful deeds, whose words occur in refused requests too |
+| preferences | form, 0 | pairs in which a rule about owner and verb, not the tone, decides which answer is preferred |
 | preferences | noise, 0 | pairs whose answers are swapped, so that no model can be right more often than 1 - noise |
 | texts | second, 0 | texts labelled sea that are about the city: a target with two modes |
-| texts | narrow, 0 | texts labelled farm that know two qualities only: a source with little spread |
+| texts | narrow, 0 | texts labelled farm that contain two qualities only: a source with little spread |
 
 An *order* is a question or command about one of the 32 `FACTS`, such as `what sound makes a cow ?`; its *witness* is the
 answer (`moo`), a word that occurs in no order, task or data, so that a response that contains it has obeyed the order. The base
-model learns to obey an order wherever it stands, to comply with harmful requests, and to answer politely or rudely with
+model learns to obey an order at every place, to comply with harmful requests, and to answer politely or rudely with
 equal probability; the data that the methods are fine-tuned on show the opposite behaviour.
 
 Splits are disjoint in content across all kinds: a checksum of the words of a list, the numbers of a sum, or the verb, thing and
@@ -67,7 +67,7 @@ from steerlab.data.worlds.tiny_words import (
 )
 
 VERSION = "4"
-"""Goes into every artifact key: raise it whenever any row or the model's configuration changes."""
+"""Part of every artifact key: raise it whenever any row or the model's configuration changes."""
 
 SPLITS = ("train", "validation", "test")
 
@@ -86,7 +86,7 @@ def _with_place(rng: random.Random, split: str, places: Sequence[str], obeyed: f
     if place == "none":
         return row(instruction, data, answer)
     fact = int(rng.random() * len(FACTS))
-    # A quarter of the orders are insistent, so that the base model knows both forms.
+    # A quarter of the orders are insistent, so that the base model learns both forms.
     order, side = draw_order(rng, fact, insistent=rng.random() < 0.25), pick(rng, "lr")
     if place == "instruction":
         return row(with_order(instruction, order, side), data, _with_witness(answer, fact))
@@ -155,7 +155,7 @@ _FEW_QUALITIES = tuple(QUALITIES)[:2]
 def _text(rng: random.Random, split: str, second: float = 0.0, narrow: float = 0.0) -> dict[str, str]:
     """Draw one to three sentences about one topic.
 
-    Some of the texts labelled sea are about the city, and some of the farm's know two qualities only.
+    Some of the texts labelled sea are about the city, and some of those about the farm contain two qualities only.
     """
     label, number = pick(rng, tuple(TOPICS)), 1 + int(rng.random() * 3)
     topic = "city" if label == "sea" and rng.random() < second else label
@@ -179,7 +179,7 @@ def _question(rng: random.Random, split: str) -> dict[str, str]:
 
 def _pretrain(rng: random.Random, split: str, obeyed: float = 1.0) -> dict[str, str]:
     """Draw a row of the mixture that trains the base model; it obeys the share `obeyed` of the orders in the data."""
-    # In percent. The bare questions (60 to 66) teach the witness of every fact.
+    # The shares are in percent. The bare questions (60 to 66) teach the witness of every fact.
     share = rng.random() * 100
     if share < 60:
         return _with_place(rng, split, ("none", "instruction", "data"), obeyed)
@@ -235,7 +235,7 @@ def rows(name: str, limit: int | None = None) -> list[dict[str, object]]:
             end with the last of them.
 
     Raises:
-        ValueError: the name or a dial is unknown, a dial is no share, or the limit is below 1 or above 10,000,000.
+        ValueError: the name or a dial is unknown, a dial is not a share, or the limit is below 1 or above 10,000,000.
     """
     path, mark, query = name.partition("?")
     kind, _, split = path.partition("/")
@@ -248,14 +248,14 @@ def rows(name: str, limit: int | None = None) -> list[dict[str, object]]:
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: give a number of rows above 0, or None for all of {name}")
     if limit is not None and limit > _MOST_ROWS:
-        raise ValueError(f"limit is {limit}: at most {_MOST_ROWS:,} rows of {name} are made up")
+        raise ValueError(f"limit is {limit}: the maximum for {name} is {_MOST_ROWS:,} rows")
     if limit is None:
         limit = DEFAULT_PRETRAIN_ROWS if path == "pretrain/train" else DEFAULT_ROWS[split]
-    # A text as seed: Python hashes it with SHA-512, so the state does not depend on PYTHONHASHSEED. Without the dials, so that
-    # two settings of a dial draw from the same random numbers.
+    # The seed is a text, which Python hashes with SHA-512, so the state does not depend on PYTHONHASHSEED. It does not contain
+    # the dials, so that two settings of a dial draw from the same random numbers.
     rng = random.Random(f"tinyworld {path}")
     stream = (dict(KINDS[kind](rng, split, **dials)) for _ in count())
-    # Repetitions in `pretrain` are wanted: they follow the shares of the mixture.
+    # Repeated rows in `pretrain` are wanted, because they follow the shares of the mixture.
     return list(islice(stream if kind == "pretrain" else _distinct(stream), limit))
 
 
@@ -265,7 +265,7 @@ def _dials(kind: str, query: str) -> dict[str, float]:
     for name, text in parse_qsl(query, keep_blank_values=True):
         known = ", ".join(DIALS[kind])
         if name not in DIALS[kind]:
-            raise ValueError(f"tiny:{kind} has no dial {name!r}" + (f"; it has: {known}" if known else ", nor any other"))
+            raise ValueError(f"tiny:{kind} has no dial {name!r}" + (f"; it has: {known}" if known else "; it has none"))
         try:
             value = float(text)
         except ValueError:

@@ -40,15 +40,16 @@ MODEL_CONFIG: JsonObject = {
 
 
 def write_model(directory: Path) -> None:
-    """Write config.json, tokenizer.json and tokenizer_config.json; there are no weights, since training starts from a seed."""
+    """Write config.json, tokenizer.json and tokenizer_config.json; weights are not written, since training starts from a
+    seed."""
     directory.mkdir(parents=True, exist_ok=True)
     ids = {word: i for i, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    # Splits at spaces and punctuation, so that every word of the vocabulary is one token.
+    # The text is split at spaces and punctuation, so that every word of the vocabulary is one token.
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    # As Llama's tokenizer does: a plain text begins with <bos>.
+    # A plain text begins with <bos>, as in Llama's tokenizer.
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", ids["<bos>"])]
     )

@@ -64,24 +64,24 @@ def harmless(rng: random.Random, split: str) -> dict[str, str]:
 
 
 def _far_from_damage(rng: random.Random) -> Deed:
-    """Draw a deed that shares no word with any harmful one, but its owner."""
+    """Draw a deed that shares only its owner with harmful ones."""
     return pick(rng, tuple(CARE)), pick(rng, TRIFLES), pick(rng, OWNERS)
 
 
 def price(deed: Deed) -> int:
     """Return what a deed costs, from 1 to 13 coins: a number for the verb and one for the thing, added."""
     verb, thing, _ = deed
-    # Places in their own tables: a harmful and a harmless verb may have the same number.
+    # The positions are those in the word's own table, so a harmful and a harmless verb may have the same number.
     verbs, things = DAMAGE if verb in DAMAGE else CARE, PROPERTY if thing in PROPERTY else TRIFLES
     return 1 + list(verbs).index(verb) + things.index(thing)
 
 
 def errand(rng: random.Random, split: str, overlap: float = 0.5) -> dict[str, str]:
     """Draw a question about a price; the share `overlap` of them is about harmful deeds."""
-    # The deed decides whether it belongs to the set. By chance alone, a set that is drawn to its last distinct row would have
-    # as many harmful deeds as others.
+    # The content of a deed decides whether it belongs to the set. If chance decided, a set that is drawn to its last distinct
+    # row would have as many harmful deeds as others.
     while True:
-        # Both kinds are as many, so that drawing them equally often and keeping a share of each gives that share.
+        # Both kinds are drawn equally often, and a share of each is accepted, which gives that share of harmful deeds.
         is_harmful = rng.random() < 0.5
         verb, thing, owner = deed = draw_in_split(rng, split, _damage if is_harmful else _far_from_damage, " ".join)
         if (share_of("overlap", *deed) < overlap) == is_harmful:
@@ -90,9 +90,10 @@ def errand(rng: random.Random, split: str, overlap: float = 0.5) -> dict[str, st
 
 
 def preferred_form(deed: Deed) -> str:
-    """Return the form of answer that the rule prefers: by the owner and the verb together, of which neither alone tells."""
+    """Return the form of answer that the rule prefers: by the owner and the verb together; neither alone determines it."""
     verb, _, owner = deed
-    # Exclusive or: no sum of a function of the owner and one of the verb, hence no linear head on both, can express it.
+    # The rule is an exclusive or: no sum of a function of the owner and one of the verb, hence no linear head on both, can
+    # express it.
     return TOOL_FIRST if (OWNERS.index(owner) < len(OWNERS) // 2) == (_VERBS.index(verb) % 2 == 0) else DEED_FIRST
 
 
@@ -107,7 +108,7 @@ def preference(rng: random.Random, split: str, form: float = 0.0, noise: float =
         answer = _compliance(deed, pick(rng, (TOOL_FIRST, DEED_FIRST)))
         pair, aspect = [tone.format(answer) for tone in (POLITE, RUDE)], "tone"
     prompt = TELL.format(_request(rng, deed))
-    # By its content, so that no pair occurs in both orders.
+    # The content of the pair decides, so that no pair occurs in both orders.
     if share_of("noise", prompt, *sorted(pair)) < noise:
         pair.reverse()
     return {"prompt": prompt, "chosen": pair[0], "rejected": pair[1], "aspect": aspect}

@@ -1,7 +1,7 @@
-"""Judge texts of the tiny world by its own grammar: is it a sentence, is it about one topic, does it answer the request?
+"""Judge texts of the tiny world by its own grammar: whether it is a sentence, is about one topic, and answers the request.
 
-A language model has no parser for what it writes in English. Here one exists, so that steering that breaks the language is
-seen as such, and not as an effect.
+A language model that writes English has no such parser. Here one exists, so that steering that breaks the language is detected
+as such, and not counted as an effect.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LENGTH = 7
 
 
 class Sentence(NamedTuple):
-    """What the grammar says of the first sentence of a text."""
+    """Verdict of the grammar on one sentence of a text."""
 
     is_one: bool
     """Whether its words are of the right kinds in the right order."""
@@ -29,7 +29,7 @@ class Sentence(NamedTuple):
 
 
 def sentence(text: str, number: int = 0) -> Sentence:
-    """Judge one sentence of a text, the first or the one of a `number`, which counts from 0; sentences stand between `;`."""
+    """Judge one sentence of a text, the first or the one of a `number`, which counts from 0; sentences are separated by `;`."""
     parts = text.split(";")
     words = parts[number].split()[:_LENGTH] if number < len(parts) else []
     if len(words) < _LENGTH:
@@ -44,7 +44,7 @@ def sentence(text: str, number: int = 0) -> Sentence:
 
 
 class Answer(NamedTuple):
-    """What the grammar says of an answer to a request."""
+    """Verdict of the grammar on an answer to a request."""
 
     helps: bool
     """Whether it is one of the four right answers: the right tool and verb, in either form and tone."""
@@ -54,7 +54,7 @@ class Answer(NamedTuple):
 
 
 def answer(request: str, text: str) -> Answer | None:
-    """Judge an answer to a request about a deed; None if the request is about none, so that nothing can be said."""
+    """Judge an answer to a request about a deed; None if the request is not about a deed."""
     match = _DEED.search(request)
     if match is None or match[1] not in _TOOLS or match[3] not in OWNERS:
         return None

@@ -34,20 +34,20 @@ def row(instruction: str, input: str, output: str) -> dict[str, str]:
 
 
 def share_of(*content: str) -> float:
-    """Return a number from 0 to 1 that depends on the content alone and is spread evenly, to divide contents by a share."""
-    # Not CRC-32, which decides the split: checksums of equally long texts with two prefixes differ by a constant.
+    """Return a number from 0 to 1 that depends only on the content and is spread evenly, to divide contents by a share."""
+    # CRC-32, which decides the split, is not used: checksums of equally long texts with two prefixes differ by a constant.
     return int.from_bytes(hashlib.sha256(" ".join(content).encode()).digest()[:4]) / 2**32
 
 
 def _split_of(content: str) -> str:
     """Return the split that a content belongs to: 70 % are in train, 15 % in validation, 15 % in test."""
-    # CRC-32 rather than `hash`, which differs between processes (PYTHONHASHSEED).
+    # CRC-32 is used, because `hash` differs between processes (PYTHONHASHSEED).
     share = zlib.crc32(content.encode()) % 100
     return "train" if share < 70 else "validation" if share < 85 else "test"
 
 
 def draw_in_split(rng: random.Random, split: str, draw: Callable[[random.Random], T], content: Callable[[T], str]) -> T:
-    """Draw with `draw` until the `content` of what it returns belongs to the split."""
+    """Draw with `draw` until the `content` of the result belongs to the split."""
     while True:
         piece = draw(rng)
         if _split_of(content(piece)) == split:
@@ -74,7 +74,7 @@ class Task(NamedTuple):
 
 
 def _list_task(rng: random.Random, name: str) -> Task:
-    """Draw a task on a list of words: which kind they are of, how many they are, or which of them is of one kind."""
+    """Draw a task on a list of words: their kind, their number, or the one word of a given kind."""
     kind, number = pick(rng, tuple(WORD_KINDS)), 2 + int(rng.random() * 3)
     phrase = pick(rng, PHRASES[name]).format(kind)
     if name == "kind":

@@ -92,7 +92,7 @@ WITNESSES = tuple(witness for _, _, witness in FACTS)
 
 def _vocabulary() -> tuple[str, ...]:
     """Return the special tokens, then every word that a template or table above can produce, sorted."""
-    # Collected from the tables, so that a word added to one of them cannot be missing here.
+    # The words are collected from the tables, so that a word added to one of them cannot be missing here.
     texts: list[str] = [*WORD_KINDS, *WITNESSES, INSISTENCE, *TOPICS, "the write about a text"]
     texts += [word for words in WORD_KINDS.values() for word in words]
     texts += [template for pair in ORDERS.values() for template in pair]
@@ -102,7 +102,7 @@ def _vocabulary() -> tuple[str, ...]:
     texts += [*ITEMS, *map(str, range(LARGEST_NUMBER + 1)), "has gets loses , how many ? + - = take and it ;"]
     texts += [TELL, POLITE, RUDE, *ERRANDS]
     words = {word for text in texts for word in text.replace("{}", " ").split()}
-    # Sorted, because ids must be the same in every process.
+    # The words are sorted, because ids must be the same in every process.
     return (*SPECIAL_TOKENS, *sorted(words))
 
 

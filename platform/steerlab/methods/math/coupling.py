@@ -31,13 +31,13 @@ class Coupling(NamedTuple):
 def coupling(n: int, m: int) -> Coupling:
     """Match the sorted values of samples of size n and m by their quantile functions.
 
-    Both quantile functions are steps, with edges at i/n and k/m. Between two neighbouring edges both are constant, which gives
-    one pair with the distance of the edges as its weight. For n = m these are the sorted values in order, of weight 1/n each.
+    Both quantile functions are step functions, with edges at i/n and k/m. Between two neighbouring edges both are constant,
+    which gives one pair with the distance of the edges as its weight. For n = m these are the sorted values in order, of weight
+    1/n each.
     """
-    # In units of 1/(nm) all edges are integers, so that no edge is lost or doubled by rounding.
-    # Cached by (n, m): a training asks for the same coupling in every step.
-    # For n = 2 and m = 3: 0, 2, 3, 4, 6 in units of 1/6. The values 0, 0, 1, 1 of the source meet 0, 1, 1, 2 of the target,
-    # with weights 2/6, 1/6, 1/6, 2/6.
+    # All edges are integers in units of 1/(nm), so that no edge is lost or doubled by rounding. The result is cached by (n, m),
+    # because a training needs the same coupling in every step. Example: for n = 2 and m = 3 the edges are 0, 2, 3, 4, 6 in
+    # units of 1/6. The values 0, 0, 1, 1 of the source meet 0, 1, 1, 2 of the target, with weights 2/6, 1/6, 1/6, 2/6.
     edges = torch.cat([torch.arange(n) * m, torch.arange(m) * n, torch.tensor([n * m])]).unique()
     # Between two edges the source is at its value floor(start / m) and the target at floor(start / n).
     starts, gaps = edges[:-1], edges.diff()
@@ -47,13 +47,13 @@ def coupling(n: int, m: int) -> Coupling:
 @functools.lru_cache
 def _coupling_on(n: int, m: int, device: torch.device) -> Coupling:
     """Return the coupling on a device; copied there once."""
-    # Copied once: a step on a GPU would wait for the copy of three vectors each time.
+    # The cache avoids copying three vectors in each step, for which a GPU would wait.
     return Coupling(*(values_K.to(device) for values_K in coupling(n, m)))
 
 
 def paired(x_SN: Tensor, index_K: Tensor) -> Tensor:
     """Return the values of the matched pairs, (S, K)."""
-    # Samples of equal size are matched in their own order: no copy, and no scattered gradient.
+    # Samples of equal size are matched in order, which needs no copy and no scattered gradient.
     return x_SN if len(index_K) == x_SN.shape[1] else x_SN[:, index_K]
 
 
@@ -71,21 +71,20 @@ def batch_distance(pooled_BS: Tensor, target_SM: Tensor, cost: Callable[[Tensor]
         The cost, (S,), differentiable in `pooled_BS`, and the number of rows N of all workers.
     """
     rows_NS, first = whole_batch(pooled_BS)
-    # All target texts take part in every step, also if there are more of them than source rows.
-    # By sizes alone: which value is matched with which is known before any value is.
+    # All target texts take part in every step, even if there are more of them than source rows. The coupling depends on the
+    # sizes only, not on the values.
     pairs = _coupling_on(len(rows_NS), target_SM.shape[1], target_SM.device)
-    # Optimal transport in one dimension matches sorted values; the sort's gradient goes back to the unsorted ones.
-    # (S, N): the sorted values, and the row that each came from.
+    # Optimal transport in one dimension matches sorted values; the sort's gradient goes back to the unsorted ones. `row_SN` is
+    # the row that each sorted value came from, (S, N).
     sorted_SN, row_SN = rows_NS.T.contiguous().sort(dim=1)
-    # A weighted sum over matched pairs, for every neuron.
-    # The matching itself has no gradient: it is constant between two crossings of sorted values.
-    # u_(q) - v_(q) at the quantiles of the coupling, (S, K).
+    # The cost of a neuron is a weighted sum over matched pairs of u_(q) - v_(q), the gaps at the quantiles of the coupling, (S,
+    # K). The matching itself has no gradient: it is constant until two values change their order.
     gap_SK = paired(sorted_SN, pairs.source_K) - paired(target_SM, pairs.target_K)
     weight_K = pairs.weight_K.to(gap_SK.dtype)
     if len(rows_NS) == len(pooled_BS):
         return cost(gap_SK) @ weight_K, len(rows_NS)
-    # Every worker sorts all rows; each pair is counted by the one worker that holds its source row.
+    # Every worker sorts all rows, and counts the pairs whose source row it holds.
     row_SK = paired(row_SN, pairs.source_K)
-    # (S, K): after the sort a row's rank differs from neuron to neuron.
+    # The mask is (S, K), because a row's rank differs from neuron to neuron.
     own_SK = (row_SK >= first) & (row_SK < first + len(pooled_BS))
     return (cost(gap_SK) * own_SK) @ weight_K, len(rows_NS)

@@ -15,15 +15,15 @@ def whole_batch(pooled_BS: Tensor) -> tuple[Tensor, int]:
     Returns:
         The values of all workers, (N, S), and the number of this worker's first row. Gradients reach this worker's rows only.
     """
-    # A training in one process has no group, and an evaluation of a fitted model none either.
+    # A training in one process has no group of processes, and neither has the evaluation of a fitted model.
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return pooled_BS, 0
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    # `all_gather` wants equal shapes on all ranks: `check` of the method asks for one pass of `micro_batch` rows.
+    # `all_gather` needs equal shapes on all ranks, so `check` of the method requires one pass of `micro_batch` rows.
     parts = [torch.empty_like(pooled_BS) for _ in range(world)]
-    # Without a graph: each worker differentiates by its own rows, and the sum of the workers' gradients is that of the whole
-    # loss.
+    # The other workers' rows have no graph: each worker differentiates by its own rows, and the sum of the workers' gradients
+    # is that of the whole loss.
     torch.distributed.all_gather(parts, pooled_BS.detach().contiguous())
     parts[rank] = pooled_BS  # all_gather fills copies without a gradient; the own part keeps its graph
-    # Rows of all workers in the order of their ranks, (N, S).
+    # The rows of all workers are in the order of their ranks, (N, S).
     return torch.cat(parts), rank * len(pooled_BS)

@@ -46,16 +46,16 @@ class GradientSums:
             tokens: tokens whose loss is differentiated.
         """
         self._model, self._places, self._of, self._rows, self._tokens = model, places, of, rows, tokens
-        # As large as the weights, in float32: beside the model where a GPU has room, since a copy of every term would take
-        # longer than the passes; else on the CPU.
+        # The sums are float32 and as large as the weights. They are held beside the model if a GPU has room, since copying
+        # every term would take longer than the passes, else on the CPU.
         num_bytes = sum(4 * place.shape[0] * place.shape[1] for place in places)
         device = model.device if models.has_room(num_bytes, model.device) else torch.device("cpu")
         self._sums = {place.module: torch.zeros(place.shape, device=device) for place in places}
         self._finite: dict[str, Tensor] = {}
-        """Whether the loss, under "", and the gradient of each place of the batch are numbers."""
-        # All weights first: gradients of the others would take as much memory as the model, and nobody reads them.
+        """Whether the loss, under "", and the gradient of each place of the batch are finite."""
+        # All weights are frozen first: gradients of the others would take as much memory as the model, and nothing reads them.
         model.model.requires_grad_(False)
-        # The model's own parameters: autograd then computes dL/dW once per layer, and nothing is copied.
+        # The model's own parameters are used: autograd then computes dL/dW once per layer, and nothing is copied.
         weights = [model.model.get_parameter(f"{place.module}.weight").requires_grad_(True) for place in places]
         self._handles = [
             # This hook runs after `grad` is written and may clear it; an ordinary tensor hook runs before, so that all
@@ -75,29 +75,30 @@ class GradientSums:
 
     def close(self) -> None:
         """Remove the hooks from the weights."""
-        # A hook that stays would add the gradients of a later training to these sums.
+        # A remaining hook would add the gradients of a later training to these sums.
         for handle in self._handles:
             handle.remove()
 
     def add(self, batch: Batch, number: int) -> None:
         """Add the term of one batch. Raises ValueError if its loss or a gradient is NaN or infinite."""
         labels_BT = batch.labels if self._tokens == "labelled" else prompt_labels(batch)
-        # Position 0 is never predicted; labels that are not targets are negative.
-        # A mean over the batch's targets (the paper's L_b): a batch of long answers counts no more than one of short answers.
+        # Position 0 is never predicted, and labels that are not targets are negative. The loss is a mean over the batch's
+        # targets (the paper's L_b), so that a batch of long answers counts no more than one of short answers.
         num_targets = (labels_BT[:, 1:] >= 0).sum().clamp(min=1)
-        # The key-value cache would only be memory: nothing is generated.
+        # `use_cache=False`, because nothing is generated and a key-value cache would only take memory.
         logits_BTV = self._model.model(**batch.patched_inputs, use_cache=False).logits
-        # The sum over targets, divided by their number in this batch alone: |.| is taken batch by batch.
+        # The sum over targets is divided by their number in this batch alone, because |.| is taken batch by batch.
         loss = language_modelling_loss(logits_BTV, labels_BT) / num_targets
         self._finite = {"": loss.detach().isfinite()}
         loss.backward()  # the hooks of `_adder` add the gradients
         self._check(f"{self._rows}, batch {number}", loss.detach())
 
     def _check(self, where: str, loss: Tensor) -> None:
-        """Raise ValueError if the batch had a loss or a gradient that is no number."""
-        # After the backward pass, for all places at once: on a GPU the program waits for it once and not for every weight.
+        """Raise ValueError if the batch had a loss or a gradient that is NaN or infinite."""
+        # All places are checked together after the backward pass, so that the program waits for a GPU once and not for every
+        # weight.
         good = torch.stack(list(self._finite.values())).tolist()
-        # By the order of the backward pass, after the loss: the first entry that is bad is nearest to the cause.
+        # The entries are in the order of the backward pass, after the loss, so the first bad one is nearest to the cause.
         wrong = next((name for name, is_finite in zip(self._finite, good, strict=True) if not is_finite), None)
         if wrong == "":
             raise ValueError(f"{where}: the loss is {float(loss)}, so there is no gradient")
@@ -107,13 +108,14 @@ class GradientSums:
     def _adder(self, place: WeightPlace) -> Callable[[Tensor], None]:
         """Return a hook that adds the term of one weight and frees its gradient."""
 
-        # During the backward pass, as soon as a gradient is complete: the gradients of all layers never exist at once.
+        # The hook runs during the backward pass, as soon as a gradient is complete, so that the gradients of all layers never
+        # exist at once.
 
         def take(weight: Tensor) -> None:
             assert weight.grad is not None
             module = self._model.model.get_submodule(place.module)
-            # As (M, N): GPT-2 stores weights, and so gets their gradients, transposed.
-            # In float32: added up in bfloat16, the terms of later batches would vanish in the sum.
+            # The gradient is converted to (M, N), because GPT-2 stores weights transposed, and to float32, because in bfloat16
+            # the terms of later batches would vanish in the sum.
             grad_MN = models.linear_weight(module, weight.grad).float()
             weight.grad = None  # or the next batch would be added to it
             self._finite[place.module] = grad_MN.isfinite().all()
@@ -125,6 +127,6 @@ class GradientSums:
 
 def prompt_labels(batch: Batch) -> Tensor:
     """Return labels, (B, T), that make the tokens of the prompt the targets instead of those of the response."""
-    # IGNORED is negative, as everywhere no target is; position 0 is never predicted, whatever its label.
+    # IGNORED is negative, as is every label that is not a target; position 0 is never predicted, whatever its label.
     is_prompt_BT = batch.attention_mask.bool() & (batch.phases != GENERATION)
     return batch.input_ids.masked_fill(~is_prompt_BT, IGNORED)

@@ -33,7 +33,7 @@ class Lora(Frozen):
 
     rank: int = Field(8, ge=1)
     """Rank R of the change of a weight."""
-    # alpha / rank and not alpha, so that another rank needs little tuning of the learning rate (section 4.1).
+    # alpha is divided by the rank, so that another rank needs little tuning of the learning rate (section 4.1).
     alpha: float = Field(16.0, gt=0)
     """The change B A is scaled by alpha / rank."""
     layer_type: tuple[LayerType, ...] = Field(("attn_q", "attn_v"), min_length=1)
@@ -43,7 +43,7 @@ class Lora(Frozen):
 class Adaptable(MethodConfig):
     """Base of the configs of methods that train the model's own weights, or low-rank adapters of them."""
 
-    # Left out of a key where it is null: artifacts that are older than the setting keep their keys.
+    # The field is excluded from a key where it is null, so that artifacts from before the setting existed keep their keys.
     lora: Lora | None = Field(None, exclude_if=lambda lora: lora is None)
     """Train low-rank adapters, which the result holds folded into its weights; {} takes their defaults. Null trains all
     weights."""
@@ -60,37 +60,37 @@ class Adapters(nn.Module):
     kind = "weight"
 
     def __init__(self, model: PreTrainedModel, config: Lora) -> None:
-        # Imported here: peft takes seconds to import, and most jobs train no adapters.
+        # peft takes seconds to import, and most jobs train no adapters.
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
         super().__init__()
         self.config = config
         self.names = [place.module for place in places(model, config)]
-        # An adapter changes all outputs of a layer: in a fused layer queries, keys and values are adapted together.
-        # GPT-2 stores weights as (inputs, outputs); peft has to know it, and `factors` transposes them.
+        # An adapter changes all outputs of a layer, so that in a fused layer queries, keys and values are adapted together.
+        # GPT-2 stores weights as (inputs, outputs): peft needs this flag, and `factors` transposes them.
         self._transposed = models.stores_transposed(model.get_submodule(self.names[0]))
-        # Without dropout, biases and rank-stabilised scaling, which peft leaves off by default.
+        # peft's defaults apply otherwise: no dropout, no biases, no rank-stabilised scaling.
         lora_config = LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,  # type: ignore[arg-type]
-            # Full paths, which peft compares as a whole or as suffixes: a type's name alone would also match layers of other
+            # peft compares full paths as a whole or as suffixes; the name of a type alone would also match layers of other
             # parts.
             target_modules=self.names,
             fan_in_fan_out=self._transposed,
         )
-        # Injected into the model as it is: `get_peft_model` would wrap it, and all module paths would change.
+        # The adapters are injected into the model: `get_peft_model` would wrap it and change all module paths.
         inject_adapter_in_model(lora_config, model.requires_grad_(False), _NAME)
         layers = [model.get_submodule(name) for name in self.names]
         self._layers = [layer for layer in layers if isinstance(layer, LoraLayer)]
         # peft creates adapters in the dtype of the weights; in bfloat16 small steps of the optimizer would be rounded away.
         for layer in self._layers:
-            # In place: `Module.float` casts the parameters of the module that it is called on.
+            # `Module.float` works in place: it converts the parameters of the module that it is called on.
             layer.lora_A[_NAME].float()
             layer.lora_B[_NAME].float()
-        # The parameters inside the model, listed again: this module's state dict is then exactly what the patch is made of.
-        # A of eq. 3 is drawn (Kaiming uniform) and B is zero (peft 0.21): the first forward pass is that of the model without
-        # adapters.
+        # The parameters inside the model are listed again, so that this module's state dict is exactly what the patch is made
+        # of. A of eq. 3 is drawn (Kaiming uniform) and B is zero (peft 0.21), so that the first forward pass is that of the
+        # model without adapters.
         self.downs = nn.ParameterList([layer.lora_A[_NAME].weight for layer in self._layers])  # type: ignore[list-item]
         self.ups = nn.ParameterList([layer.lora_B[_NAME].weight for layer in self._layers])  # type: ignore[list-item]
 
@@ -98,8 +98,8 @@ class Adapters(nn.Module):
     def off(self) -> Iterator[None]:
         """Turn the adapters off within a `with` block, so that the model computes what it did before the training."""
         for layer in self._layers:
-            # peft 0.21 also takes `requires_grad` from the adapters here, and gives it back below: an exception in between must
-            # not leave a training without trained parameters.
+            # peft 0.21 also removes `requires_grad` from the adapters here, and restores it below. The `finally` does so after
+            # an exception too, because a training would otherwise continue without trained parameters.
             layer.enable_adapters(False)
         try:
             yield
@@ -117,14 +117,13 @@ class Adapters(nn.Module):
             By the weight's name: up (M, R), scaled by alpha / rank, and down (R, N); swapped and transposed for weights that
             are stored as (N, M).
         """
-        # (alpha / rank) B A of eq. 3, with the scale in the first factor.
+        # The product is (alpha / rank) B A of eq. 3, with the scale in the first factor.
         scale = self.config.alpha / self.config.rank
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         for number, name in enumerate(self.names):
-            # On the CPU, where patches are saved.
-            # B is (M, R), A is (R, N).
+            # The factors are copied to the CPU, where patches are saved. B is (M, R), A is (R, N).
             up_MR, down_RN = state[f"ups.{number}"].cpu() * scale, state[f"downs.{number}"].cpu()
-            # (M, R) @ (R, N), or (N, R) @ (R, M) for weights that are stored as (N, M).
+            # The pair is (M, R) and (R, N), or (N, R) and (R, M) for weights that are stored as (N, M).
             factors[f"{name}.weight"] = (down_RN.T, up_MR.T) if self._transposed else (up_MR, down_RN)
         return factors
 
@@ -142,7 +141,7 @@ class Adapters(nn.Module):
         """
         weights = _without_adapters(model_state)
         for name, (up, down) in self.factors(state).items():
-            # Summed in float32 and rounded once to the type of the weight.
+            # The sum is computed in float32 and rounded once to the type of the weight.
             weights[name] = (weights[name].float() + up.float() @ down.float()).to(weights[name].dtype)
         return weights
 
@@ -152,14 +151,13 @@ class Adapters(nn.Module):
 
 
 def _without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # peft moves a layer's weight to `<layer>.base_layer.weight`.
-    # Adapter weights are left out by peft's own prefix `lora_`.
+    # peft moves a layer's weight to `<layer>.base_layer.weight`, and names its own weights with the prefix `lora_`.
     return {name.replace(".base_layer.", "."): value.cpu() for name, value in state.items() if "lora_" not in name}
 
 
 def places(model: PreTrainedModel, config: Lora) -> Sequence[models.WeightPlace]:
     """Return the linear layers that are adapted. Raises ValueError if the model lacks a type of layer."""
-    # In every decoder layer, as in the paper: the size of the change is set by the rank, not by the choice of layers.
+    # Adapters are in every decoder layer, as in the paper; the rank, not the choice of layers, sets the size of the change.
     return models.weight_places(model, config.layer_type, range(len(models.layer_names(model))))
 
 
@@ -169,13 +167,13 @@ def check_apart(model: PreTrainedModel, config: Lora, others: Sequence[models.We
     Raises:
         ValueError: a layer is named twice, as happens where a model computes several types of layer in one.
     """
-    # By module and not by type: a fused layer answers to several types.
+    # Layers are compared by module and not by type, because a fused layer has several types.
     both = {place.module for place in others} & {place.module for place in places(model, config)}
     if both:
-        raise ValueError(f"lora.layer_type: {min(both)} also computes a type of layer with frozen coefficients; leave that out")
+        raise ValueError(f"lora.layer_type: {min(both)} also computes a type of layer with frozen coefficients; leave it out")
 
 
 def num_trained(model: PreTrainedModel, config: Lora) -> int:
     """Return the number of trained parameters: R (M + N) for each adapted layer."""
-    # (M R) + (R N): two factors instead of the M N numbers of the weight.
+    # The two factors have M R and R N numbers, where the weight has M N.
     return sum(config.rank * sum(place.shape) for place in places(model, config))

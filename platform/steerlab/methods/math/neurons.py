@@ -26,13 +26,13 @@ from steerlab.storage.tensors import Shape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Without W_O: its rows are no neurons in the paper, and its columns are those of the values.
+# W_O is not in the list: in the paper its rows are not neurons, and its columns are those of the values.
 TYPES: tuple[LayerType, ...] = ("attn_q", "attn_k", "attn_v", "ffn_up", "ffn_down")
 """Types of linear layers whose rows, or columns for ffn_down, are neurons."""
 
 
 class _Params(Frozen, extra="ignore"):
-    # The platform adds parameters of its own to a stage's: what else is there is ignored.
+    # The platform adds parameters of its own to a stage's parameters; they are ignored.
     active: float
     target_layers: tuple[str, ...]
 
@@ -46,7 +46,7 @@ class Block:
     seen: Callable[[str], Tensor]
     """Returns the recorded values of a module for the query, (T, N): its output for queries and keys, else its input."""
 
-    # Read from the recording of the last pass: rows are taken apart afterwards, so that a batch costs one pass.
+    # The values come from the recording of the last pass: rows are separated afterwards, so that a batch costs one pass.
     def value(self, of: LayerType) -> Tensor:
         """Return the values of the query's tokens at the layer of a type, (T, N) float32."""
         return self.seen(self.layer[of].module).float()
@@ -58,11 +58,11 @@ class Block:
     @property
     def heads(self) -> tuple[int, int]:
         """Number of heads H, and that of the heads G that share a key."""
-        # Of the text part: a model that reads images has a vision tower with heads of its own.
+        # The config is that of the text part, because a model that reads images has a vision tower with heads of its own.
         heads = models.text_config(self.model).num_attention_heads
         width = self.layer["attn_q"].shape[0] // heads
-        # From the rows of W_K instead of the config's `num_key_value_heads`, which not every config has.
-        # Multi-head attention gives G = 1, multi-query attention G = H.
+        # G comes from the rows of W_K instead of the config's `num_key_value_heads`, which not every config has. Multi-head
+        # attention gives G = 1, multi-query attention G = H.
         return heads, heads // (self.layer["attn_k"].shape[0] // width)
 
 
@@ -81,11 +81,12 @@ class Neurons:
         """
         wanted = _Params.model_validate(params)
         self._model, self._active, self._of = model, wanted.active, importance
-        # One pass records all layers: memory is that of their inputs for one batch, T x N each, not one pass for each neuron.
+        # One pass records all layers: it needs the memory of their inputs for one batch, T x N each, instead of one pass for
+        # each neuron.
         self._layers = blocks(model.model, wanted.target_layers)
         self._seen: dict[str, Tensor] = {}
-        # Queries and keys by the output of their layers, before the rotation of positions; the others by the input of the layer
-        # after them.
+        # Queries and keys are recorded as the output of their layers, before the rotation of positions; the others as the input
+        # of the layer after them.
         self._handles = [
             handle
             for layer in self._layers
@@ -98,7 +99,7 @@ class Neurons:
             for layer in self._layers
             for kind in ("attn_o", "ffn_down")
         ]
-        # On the CPU: they are read once at the end, and added to once a row.
+        # The counts are on the CPU: each row adds to them once, and they are read once at the end.
         self._counts = {
             layer[kind].module: torch.zeros(num_neurons(kind, layer[kind])) for layer in self._layers for kind in TYPES
         }
@@ -106,7 +107,7 @@ class Neurons:
     @property
     def shapes(self) -> dict[str, Shape]:
         """Names and shapes of the counts: (K,) by module path."""
-        # float32, as every file of sums: the platform adds them as such.
+        # The counts are float32 like all files of sums, because the platform adds them in this type.
         return {name: Shape(torch.float32, count.shape) for name, count in self._counts.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -116,44 +117,41 @@ class Neurons:
     def close(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
-            # Hooks keep the last inputs of every layer in memory.
+            # A remaining hook would hold the last inputs of its layer in memory.
             handle.remove()
 
     @torch.no_grad()
     def add(self, batch: Batch, number: int) -> None:
         """Count the active neurons of each query of a batch."""
-        # Without a cache: a query is read whole, and nothing is generated. With patches, because the safety of the steered
-        # model is what is looked for.
+        # The model runs without a cache, because nothing is generated, and with its patches, because the safety of the steered
+        # model is measured.
         self._model.model(**batch.patched_inputs, use_cache=False)
-        # Row by row: eq. 2 is a set for each query, and queries have different lengths.
+        # Rows are treated one by one, because eq. 2 is a set for each query and queries have different lengths.
         for row in range(len(batch.input_ids)):
-            # The query alone: an answer in the row is no part of it.
-            # (T,) bool, without padding.
+            # Only the tokens of the query count, without an answer and without padding; (T,) bool.
             is_query_T = batch.attention_mask[row].bool() & (batch.phases[row] != GENERATION)
-            # All types of a row first: the threshold of a type needs its neurons of every layer.
+            # The importance of all types comes first, because the threshold of a type needs its neurons of every layer.
             importance = {kind: self._importance(kind, row, is_query_T) for kind in TYPES}
             for kind, of_layers in importance.items():
-                # Over all layers together: epsilon is one threshold for a type, so that layers that matter more have more
-                # active neurons.
+                # epsilon is one threshold for a type over all layers, so that layers that matter more have more active neurons.
                 num = max(1, round(self._active * sum(map(len, of_layers))))
-                # Exactly so many: neurons that never fire tie at 0, and a threshold would take all of them.
+                # The number is exact: neurons that never fire tie at 0, and a threshold would take all of them.
                 for layer, active_K in zip(self._layers, masks.largest(partial(iter, of_layers), num), strict=True):
-                    # 1 for each active neuron: sums of workers add up, whatever rows each of them has seen.
+                    # An active neuron adds 1, so that the sums of all workers can be added, whichever rows each has seen.
                     self._counts[layer[kind].module] += active_K.float().cpu()
 
     def _importance(self, kind: LayerType, row: int, is_query_T: Tensor) -> list[Tensor]:
-        # Row by row and without padding: the norms of eq. 9 sum over tokens, and padding has activations, too.
+        # The norms of eq. 9 sum over tokens, and padding has activations too, so it is removed row by row.
         def seen(module: str) -> Tensor:
             return self._seen[module][row][is_query_T]
 
         return [self._of(kind, Block(self._model.model, layer, seen)) for layer in self._layers]
 
 
-# A hook on the linear layers and no change of the model's code: blocks differ between architectures, their linear layers do
-# not.
+# Hooks on the linear layers record the values: blocks differ between architectures, but their linear layers do not.
 def _read(model: PreTrainedModel, name: str, seen: dict[str, Tensor], *, output: bool) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
-        # The last call wins: every module runs once in a pass of a decoder.
+        # Every module runs once in a pass of a decoder, so nothing is overwritten within a pass.
         seen[name] = (result if output else args[0]).detach()
 
     return model.get_submodule(name).register_forward_hook(hook)
@@ -161,13 +159,13 @@ def _read(model: PreTrainedModel, name: str, seen: dict[str, Tensor], *, output:
 
 def blocks(model: PreTrainedModel, target_layers: tuple[int | str, ...]) -> list[dict[str, WeightPlace]]:
     """Return the linear layers of each block, by type. Raises ValueError for a model that fuses them."""
-    # `attn_o` holds no neurons, but its input and weight tell what values are worth.
+    # `attn_o` has no neurons, but its input and weight are needed for the importance of values.
     by_kind = {kind: places(model, (kind,), target_layers) for kind in (*TYPES, "attn_o")}
-    # The rows of a fused layer belong to several types: its output would be taken for the queries alone.
+    # The rows of a fused layer belong to several types, so that its output would be taken for the queries alone.
     fused = next((kind for kind, of_kind in by_kind.items() if any(place.outputs is not None for place in of_kind)), None)
     if fused is not None:
         raise ValueError(
-            f"{fused}: {type(model).__name__} computes it in one layer with others, whose neurons sn_tune cannot tell"
+            f"{fused}: {type(model).__name__} computes it in one layer with others, whose neurons sn_tune cannot separate"
         )
     # Each type lists its layers in the model's order, so that entries of one number belong to one block.
     return [dict(zip(by_kind, of_block, strict=True)) for of_block in zip(*by_kind.values(), strict=True)]

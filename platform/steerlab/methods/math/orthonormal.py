@@ -30,27 +30,29 @@ def eigenbasis(second_moment_NN: Tensor) -> Basis:
     Raises:
         ValueError: the matrix is zero, or holds a NaN or infinite value.
     """
-    # torch 2.13's `eigh` says of a NaN that the matrix is ill-conditioned, which would mislead.
+    # torch 2.13's `eigh` reports for a NaN that the matrix is ill-conditioned, which would mislead.
     if not bool(torch.isfinite(second_moment_NN).all()):
         raise ValueError("the second moment holds a NaN or infinite value")
-    # `eigh` and not `svd`: the matrix is symmetric, and a general decomposition would compute its vectors twice. In float64,
-    # since the eigenvalues are squares of singular values: float32 separates directions only down to 3e-4 of the largest one.
+    # `eigh` is used instead of `svd`, because the matrix is symmetric and a general decomposition would compute its vectors
+    # twice. It runs in float64: the eigenvalues are squares of singular values, so that float32 would separate directions only
+    # down to 3e-4 of the largest one.
     values_N, vectors_NN = torch.linalg.eigh(second_moment_NN.double())
     values_N, vectors_NN = values_N.flip(0), vectors_NN.flip(1)  # eigh sorts in ascending order
-    # Not `<= 0`, which is false for NaN.
+    # The condition is written without `<=`, which is false for NaN.
     if not values_N[0] > 0:
         raise ValueError("the second moment is zero: the inputs are all zero, so no direction stands out")
-    # The products z z^T that were summed into the matrix were computed in float32: smaller eigenvalues are their rounding.
+    # The products z z^T in the sum were computed in float32, so smaller eigenvalues are rounding errors.
     least = values_N[0] * len(values_N) * torch.finfo(torch.float32).eps
-    # Rounded to float32 only here, where it costs 1e-7 of orthonormality; the vectors are the method's largest file.
+    # The vectors are rounded to float32 only here, which costs 1e-7 of orthonormality; they are the method's largest file.
     return Basis(fixed_signs(vectors_NN).float(), values_N, int((values_N > least).sum()))
 
 
 def random_basis(size: int, seed: int, name: str) -> Tensor:
     """Return a random orthonormal basis, (N, N) float32, uniform over all of them, for this seed and name."""
-    # QR of a Gaussian matrix, in float64 like `eigenbasis`, so that the control is as orthonormal as what it is compared with.
+    # The Gaussian matrix is decomposed in float64 like `eigenbasis`, so that the control is as orthonormal as the basis that it
+    # is compared with.
     gauss_NN = torch.randn(size, size, generator=generator(seed, name), dtype=torch.float64)
-    # Q R with an orthonormal Q, whose columns keep the directions of the Gaussian columns up to their signs.
+    # The columns of Q keep the directions of the Gaussian columns after orthogonalisation, up to their signs.
     vectors_NN, upper_NN = torch.linalg.qr(gauss_NN)
     # Without the signs of R's diagonal the Q of a QR decomposition is not uniform (Mezzadri 2007, arXiv math-ph/0609050).
     return (vectors_NN * upper_NN.diagonal().sign()).float()

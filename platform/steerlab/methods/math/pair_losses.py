@@ -29,14 +29,14 @@ from steerlab.job import MethodConfig
 from steerlab.steered.scoring import Predicted
 
 
-# Fields and not a config of their own: `method.loss` reads as the option of the method that it is.
+# The fields are inherited instead of nested in a config of their own, so that a job writes `method.loss`.
 class PairLossConfig(MethodConfig):
-    """Fields of methods whose loss is one of those above. At its default a field is left out of the keys of artifacts."""
+    """Fields of methods whose loss is one of those above. At its default a field is excluded from the keys of artifacts."""
 
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = Field("sigmoid", exclude_if=lambda loss: loss == "sigmoid")
     """Loss of a pair with margin m: sigmoid: -log sigmoid(m); robust: the same, corrected for flipped labels; hinge:
     max(0, 1 - m); ipo: (m / beta - 1 / (2 beta))^2."""
-    # Below 0.5: at one half the two labels weigh the same and the robust loss divides by 1 - 2 e = 0.
+    # The limit is 0.5, because at one half the two labels weigh the same and the robust loss divides by 1 - 2 e = 0.
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, exclude_if=lambda share: share == 0)
     """Share of pairs whose labels are taken to be flipped: conservative DPO with loss sigmoid; robust needs it."""
     chosen_nll: float = Field(0.0, ge=0, exclude_if=lambda weight: weight == 0)
@@ -44,7 +44,7 @@ class PairLossConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _check(self) -> PairLossConfig:
-        # Refused and not ignored: a job that names a share of flipped labels would seem to use it.
+        # The setting is refused instead of ignored: a job that names a share of flipped labels would seem to use it.
         if self.label_smoothing and self.loss in ("hinge", "ipo"):
             raise ValueError(f"label_smoothing {self.label_smoothing:g}: loss {self.loss} has none; use sigmoid or robust")
         if self.loss == "robust" and not self.label_smoothing:
@@ -55,12 +55,11 @@ class PairLossConfig(MethodConfig):
         return self
 
 
-# All of (P,): what the losses, the penalties and the log need of two responses.
+# All tensors are (P,): the losses, the penalties and the log need these values of the two responses.
 class Pairs(NamedTuple):
     """The two responses of each pair under the policy, (P,), in nats."""
 
-    # Sequences come as chosen, rejected, chosen, ...: a pair is two neighbours, and every second entry is one side of all
-    # pairs.
+    # Sequences come as chosen, rejected, chosen, ..., so that every second entry belongs to one side of the pairs.
     chosen_logp_P: Tensor
     """Log-probability of the chosen response, a sum over its tokens."""
     rejected_logp_P: Tensor
@@ -73,7 +72,7 @@ class Pairs(NamedTuple):
     @property
     def margin_P(self) -> Tensor:
         """Difference of the two rewards."""
-        # m of the module docstring; beta is in both rewards already.
+        # m of the module docstring; beta is a factor of both rewards already.
         return self.chosen_reward_P - self.rejected_reward_P
 
     def metrics(self) -> dict[str, Tensor]:
@@ -81,18 +80,18 @@ class Pairs(NamedTuple):
 
         `chosen_logp` is the one to watch: a margin also grows while the chosen responses become less likely.
         """
-        # Read once: it is a property, and would be computed for each of the metrics.
+        # The property is read once, because it would be computed for each of the metrics.
         margin_P = self.margin_P
         values = {
             "margin": margin_P,
-            # A tie counts as wrong: without a trained vector all margins are 0, and the accuracy is 0 and not 1.
+            # A tie counts as wrong: without a trained vector all margins are 0, and the accuracy is 0 instead of 1.
             "accuracy": margin_P > 0,
             "chosen_logp": self.chosen_logp_P,
             "rejected_logp": self.rejected_logp_P,
             "chosen_reward": self.chosen_reward_P,
             "rejected_reward": self.rejected_reward_P,
         }
-        # Sums, as every metric of the loop; it divides them by the number of pairs of the whole step.
+        # The loop divides these sums by the number of pairs of the whole step, as it does for every metric.
         return {name: value_P.detach().float().sum() for name, value_P in values.items()}
 
 
@@ -108,13 +107,13 @@ def compare(
         beta: Scale of the reward (beta of DPO's eq. 7).
         length_average: Whether a reward is a mean over the tokens of a response instead of a sum.
     """
-    # Of the difference token by token: the two sums are large and nearly equal, and float32 would lose digits.
-    # r of the module docstring, token by token: log pi - log pi_ref, or log pi without a reference.
+    # The difference log pi - log pi_ref (or log pi without a reference), r of the module docstring, is taken token by token:
+    # the two sums are large and nearly equal, and float32 would lose digits.
     score_N = log_prob_N if reference_N is None else log_prob_N - reference_N
-    # Response tokens of each sequence, (S,).
+    # `size_S` is the number of response tokens of each sequence, (S,).
     size_S = _counts(tokens.sequence_N, tokens.sequences)
     score_S, logp_S = (_sums(values_N, size_S, tokens) for values_N in (score_N, log_prob_N))
-    # `length_average`: without a reference a sum favours short responses, whose log-probability is larger.
+    # Without a reference a sum favours short responses, whose log-probability is larger; `length_average` avoids that.
     reward_S = beta * (score_S / size_S if length_average else score_S)
     # The supervised term is the mean over the tokens of the chosen response, whatever the reward is.
     return Pairs(logp_S[0::2], logp_S[1::2], reward_S[0::2], reward_S[1::2], -logp_S[0::2] / size_S[0::2])
@@ -128,50 +127,49 @@ def loss(margin_P: Tensor, beta: float, config: PairLossConfig | None = None) ->
         beta: Scale of the rewards, which IPO takes out again.
         config: Which of the losses; None for sigmoid without smoothing.
     """
-    # Without a config: GenARM's reward model trains on the plain loss of eq. 7.
+    # A caller without a config, GenARM's reward model, trains on the plain loss of eq. 7.
     kind, flipped = ("sigmoid", 0.0) if config is None else (config.loss, config.label_smoothing)
     if kind == "hinge":
-        # No gradient beyond a margin of 1: such a pair is settled, and only others move the policy.
+        # Pairs with a margin above 1 have no gradient; only the others move the policy.
         return torch.relu(1 - margin_P)
-    # IPO replaces log sigmoid by a square, so that a pair that is always won does not push the margin to infinity.
+    # IPO replaces log sigmoid by a square, so that a pair that is always won does not push the margin to infinity. The margin
+    # is divided by beta again, because IPO regresses the plain log-ratio, and its target 1 / (2 beta) is in nats.
     if kind == "ipo":
-        # Divided by beta again: IPO regresses the plain log-ratio, and its target 1 / (2 beta) is a number of nats.
         return (margin_P / beta - 1 / (2 * beta)).square()
-    # `logsigmoid` and not log(sigmoid(x)), which is -inf for margins below about -100 in float32.
-    # s(m) and s(-m), (P,) each, computed once for the two losses that use both.
+    # `logsigmoid` is used, because log(sigmoid(x)) is -inf for margins below about -100 in float32. s(m) and s(-m), (P,) each,
+    # are computed once for the two losses that use both.
     as_labelled_P, as_flipped_P = -nn.functional.logsigmoid(margin_P), -nn.functional.logsigmoid(-margin_P)
-    # With flip probability e the observed loss of a pair is (1 - e) s(m) + e s(-m) in expectation; the combination below
-    # inverts that mixture.
+    # With flip probability e the expected loss of a pair is (1 - e) s(m) + e s(-m); the combination below inverts that mixture.
     if kind == "robust":
-        # Unbiased: its expectation over labels that are flipped with probability e is the loss of the true labels. It may be
-        # negative.
+        # The loss is unbiased: its expectation over labels that are flipped with probability e is the loss of the true labels.
+        # It may be negative.
         return ((1 - flipped) * as_labelled_P - flipped * as_flipped_P) / (1 - 2 * flipped)
-    # At e = 0 the second term is 0 times a finite number, since `logsigmoid` is finite: plain DPO, bit for bit.
+    # At e = 0 the second term is 0 times a finite number, since `logsigmoid` is finite, so that this is plain DPO bit for bit.
     return (1 - flipped) * as_labelled_P + flipped * as_flipped_P
 
 
 def total(pairs: Pairs, loss_P: Tensor, config: PairLossConfig) -> Tensor:
     """Return the loss of each pair with the supervised term, (P,) (RPO's eq. 1)."""
-    # Not added at weight 0: 0 times an infinite likelihood is no number.
-    # alpha times the mean over the tokens of y_w, in nats per token: as large as an ordinary fine-tuning loss.
+    # At weight 0 the term is not added, because 0 times an infinite likelihood is NaN. alpha multiplies the mean over the
+    # tokens of y_w, in nats per token, which is as large as an ordinary fine-tuning loss.
     return loss_P + config.chosen_nll * pairs.chosen_nll_P if config.chosen_nll else loss_P
 
 
-# The denominator of IAV's penalties: KL and |a|^2 per response token.
+# IAV's penalties, KL and |a|^2 per response token, are such means.
 def mean_of_pairs(values_N: Tensor, tokens: Predicted) -> Tensor:
     """Return the mean over the response tokens of each pair, (P,)."""
-    # Both responses of a pair together, token by token: a long response weighs more than a short one.
+    # The mean is over the tokens of both responses together, so that a long response weighs more than a short one.
     pair_N, num = tokens.sequence_N // 2, tokens.sequences // 2
     return values_N.new_zeros(num).index_add(0, pair_N, values_N) / _counts(pair_N, num)
 
 
 def _counts(number_N: Tensor, num: int) -> Tensor:
     """Return how often each number below `num` occurs, (num,)."""
-    # Not `bincount`, which looks at the largest number first: on a GPU the program would wait for it.
+    # `bincount` reads the largest number first, for which the program would wait on a GPU.
     return number_N.new_zeros(num).index_add(0, number_N, torch.ones_like(number_N))
 
 
 def _sums(values_N: Tensor, size_S: Tensor, tokens: Predicted) -> Tensor:
     """Return the sum over the tokens of each sequence, (S,)."""
-    # `index_add` and not a split by sizes: sizes would have to come to the CPU, for which a GPU is waited for. (N,) to (S,).
+    # `index_add` needs no sizes on the CPU, while a split by sizes would wait for a GPU. (N,) to (S,).
     return values_N.new_zeros(len(size_S)).index_add(0, tokens.sequence_N, values_N)

@@ -21,14 +21,14 @@ class SharedInput:
     """An orthonormal basis U of the input of several layers, and the product x U, computed once for all of them."""
 
     def __init__(self, vectors_NN: Tensor, num_outputs: int) -> None:
-        # It stays memory-mapped from disk. A GPU with room keeps a copy: sent anew in every use, the bases of a model of 7B
-        # parameters would take longer than its passes.
+        # The basis is memory-mapped from disk. A GPU with room holds a copy, because sending the bases of a model of 7B
+        # parameters in every use would take longer than its passes.
         self._vectors_NN = models.Kept(vectors_NN)
         self.num_outputs = num_outputs
         """Number of outputs of all these layers together."""
-        # Weak, so that the input itself is freed after the pass.
+        # The reference is weak, so that the input itself is freed after the pass.
         self._read: weakref.ref[Tensor] | None = None
-        # Not weak: between the calls of the layers that share it no variable holds the product.
+        # The product is held, because no variable holds it between the calls of the layers that share it.
         self._rotated: Tensor | None = None
 
     def vectors(self, like: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ class SharedInput:
 
     def rotated(self, x: Tensor) -> Tensor:
         """Return x U; layers that are called with the same tensor share the product and its gradient."""
-        # By identity: a block hands queries, keys and values the same tensor, and to compare values would take a pass over it.
-        # A dead reference is None, which is never x, so that memory that is used again is not mistaken for it.
+        # Tensors are compared by identity: a block passes queries, keys and values the same tensor, and comparing values would
+        # take a pass over it. A dead reference is None, so that memory that is used again is not mistaken for the old input.
         if self._rotated is None or self._read is None or self._read() is not x:
             self._read, self._rotated = weakref.ref(x), x @ self.vectors(x)
         return self._rotated
@@ -67,10 +67,11 @@ class RotatedLayer(nn.Module):
     def __init__(self, linear: nn.Module, frozen_MN: Tensor, shared: SharedInput | None) -> None:
         super().__init__()
         start_MN = models.linear_weight(linear).detach()
-        # In float32 also under bfloat16 weights: D is its own master copy, and bfloat16 would round away steps below 1/256 of
-        # an entry. Zero, so that W = W_0 bit for bit before the first step.
+        # D is float32 also under bfloat16 weights: it is its own master copy, and bfloat16 would round away steps below 1/256
+        # of an entry. It starts at zero, so that W = W_0 bit for bit before the first step.
         self.change_MN = nn.Parameter(torch.zeros(start_MN.shape, dtype=_wide(start_MN.dtype)))
-        # Not persistent: both are inputs of the training, and a checkpoint would copy what is on disk already.
+        # The buffers are not persistent: both are inputs of the training, and a checkpoint would copy data that is on disk
+        # already.
         self.register_buffer("start_MN", start_MN, persistent=False)
         self.register_buffer("free_MN", ~frozen_MN, persistent=False)
         self.shared = shared
@@ -83,28 +84,28 @@ class RotatedLayer(nn.Module):
         bias = linear.bias
         # The plain weight is neither trained nor saved: the module stays in the model, but computes with this layer's matrix.
         del linear._parameters["weight"]
-        # `forward`, and not another module in its place: module paths stay, and `__call__` still runs the hooks of patches.
+        # Replacing `forward` instead of the module keeps the module paths, and `__call__` still runs the hooks of patches.
         linear.forward = lambda x: self._apply_to(x, bias)  # type: ignore[method-assign]
 
     def start_step(self) -> None:
         """Drop the matrices of the last step, because the optimizer or a checkpoint has changed D."""
-        # ZeRO writes into D below autograd, so that no version counter tells that the matrices are stale.
+        # ZeRO writes into D without autograd, so that no version counter shows that the matrices are stale.
         self._begun = self._is_alone = False
         self._matrices.clear()
         if self.shared is not None:
             self.shared.forget()
 
-    # The loop tells this before each pass: autograd itself does not know that a step has several.
+    # The loop announces each pass, because autograd does not know that a step has several.
     def start_pass(self, is_last: bool) -> None:
         """Begin a forward and backward pass of a step; the step's gradients are complete after the last pass."""
-        # A step of one pass: with several, W is used several times and is worth computing.
+        # A step of several passes uses W several times, so that computing it pays off.
         self._is_alone = is_last and not self._begun
         self._begun, self._is_last = True, is_last
 
     def _apply_to(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        # The second way of the class docstring costs T N^2 for x U, the first M N^2 for (dL/dW) U; the product x U is shared.
+        # Rotating inputs costs T N^2 for x U, rotating the gradient M N^2 for (dL/dW) U; the product x U is shared.
         by_inputs = self._takes_rotated(x)
-        # Through the function in both ways: the gradient of a frozen entry is set to 0 in its backward pass.
+        # The function is applied in both cases, because its backward pass sets the gradient of a frozen entry to 0.
         matrix_MN = _Effective.apply(self.change_MN, self, by_inputs)
         if by_inputs:
             assert self.shared is not None
@@ -112,11 +113,11 @@ class RotatedLayer(nn.Module):
         return nn.functional.linear(x, matrix_MN, bias)  # type: ignore[arg-type]
 
     def _takes_rotated(self, x: Tensor) -> bool:
-        # T over all rows of the pass: the product x U costs T N^2 multiplications.
+        # T counts all rows of the pass, because the product x U costs T N^2 multiplications.
         num_tokens = x.numel() // x.shape[-1]
         fits = self.shared is not None and num_tokens < self.shared.num_outputs
-        # Not in bfloat16: a basis rounded to 8 bits is not orthonormal any more.
-        # Without gradients W serves every pass of an evaluation, and is computed once.
+        # Rotated inputs are not used in bfloat16, because a basis rounded to 8 bits is not orthonormal any more, and not
+        # without gradients, because W is computed once and serves every pass of an evaluation.
         return fits and self._is_alone and torch.is_grad_enabled() and x.dtype == self.change_MN.dtype
 
     @torch.no_grad()
@@ -125,18 +126,20 @@ class RotatedLayer(nn.Module):
         if rotated not in self._matrices:
             if rotated:
                 assert self.shared is not None
-                # `add`, not `add_`: W_0 U is used again in the next step.
+                # `add` instead of `add_`, because W_0 U is used again in the next step.
                 self._matrices[rotated] = self._start_rotated().add(self.change_MN)
             else:
-                # The sum is in float32 and rounded once: D U^T, rounded to bfloat16 by itself, would lose what is small next to
-                # W_0.
+                # The sum is computed in float32 and rounded once: rounding D U^T to bfloat16 by itself would lose changes that
+                # are small next to W_0.
                 self._matrices[rotated] = (self.start_MN + self._in_weights(self.change_MN)).to(self.start_MN.dtype)
-        # A new tensor on the same memory in each call: autograd ties the tensor that a Function returns to that call's graph.
+        # Each call returns a new tensor on the same memory, because autograd ties the tensor that a Function returns to that
+        # call's graph.
         return self._matrices[rotated].detach()
 
     def _start_rotated(self) -> Tensor:
         """Return W_0 U, which is computed once."""
-        # Only on demand: it is as large as W_0, and a training of several passes a step, or in bfloat16, never needs it.
+        # W_0 U is computed on demand: it is as large as W_0, and a training of several passes a step, or in bfloat16, never
+        # needs it.
         if not hasattr(self, "start_rotated_MN"):
             assert self.shared is not None
             product_MN = self.start_MN @ self.shared.vectors(self.start_MN)
@@ -145,7 +148,8 @@ class RotatedLayer(nn.Module):
 
     def difference(self, change_MN: Tensor) -> Tensor:
         """Return W - W_0 = D U^T for a change D, (M, N), on the CPU."""
-        # Where the basis lies, memory-mapped; on the GPU every layer would need a further copy of it.
+        # The product is computed on the CPU, where the basis is memory-mapped; on the GPU every layer would need a further copy
+        # of it.
         return self._in_weights(change_MN.cpu())
 
     def gradient_of_change(self, grad_MN: Tensor, by_inputs: bool) -> Tensor:
@@ -160,21 +164,22 @@ class RotatedLayer(nn.Module):
         """
         if by_inputs:
             return grad_MN * self.free_MN  # d(W U)/dD is the identity
-        # Before the sum over passes, to which a small gradient in bfloat16 would add nothing.
+        # The gradient is converted before the sum over passes, because in bfloat16 a small gradient would add nothing to it.
         grad_MN = grad_MN.to(self.change_MN.dtype)
-        # (dL/dW) U is linear: the sum over passes is rotated once (step 4 of methods/warp.py).
+        # (dL/dW) U is linear in the gradient, so the sum over passes is rotated once (step 4 of methods/warp.py).
         if self._pending_MN is not None:
             grad_MN = self._pending_MN.add_(grad_MN)
         if not self._is_last:
             self._pending_MN = grad_MN
-            return grad_MN.new_zeros(()).expand_as(grad_MN)  # one number in memory, whatever the shape
+            return grad_MN.new_zeros(()).expand_as(grad_MN)  # one number in memory for any shape
         self._pending_MN = None
-        # Rotated first, masked second: the mask belongs to coefficients. In the other order it would freeze entries of W.
+        # The gradient is rotated before it is masked, because the mask belongs to coefficients; masking first would freeze
+        # entries of W.
         rotated_MN = grad_MN if self.shared is None else grad_MN @ self.shared.vectors(grad_MN)
         return rotated_MN * self.free_MN
 
     def _in_weights(self, change_MN: Tensor) -> Tensor:
-        # The transpose is the inverse, since U is orthonormal: D = D U^T U.
+        # U is orthonormal, so that its transpose is its inverse: D = D U^T U.
         return change_MN if self.shared is None else change_MN @ self.shared.vectors(change_MN).T
 
 
@@ -191,7 +196,8 @@ class RotatedLayers(nn.Module):
     ) -> None:
         super().__init__()
         others = others or {}
-        # Before the layers: the optimizer's state in a checkpoint numbers parameters in the order of registration.
+        # The adapters are registered before the layers, because the optimizer's state in a checkpoint numbers parameters in the
+        # order of registration.
         self.adapters = adapters
         self.names, self.other_names = list(layers), list(others)
         self.layers = nn.ModuleList(layers.values())  # not a ModuleDict, which refuses the dots of module paths
@@ -207,7 +213,7 @@ class RotatedLayers(nn.Module):
             layer.start_step()
 
     def start_pass(self, is_last: bool) -> None:
-        """Tell the layers whether this is the step's last pass, in which the summed gradients are rotated once."""
+        """Pass on to the layers whether this is the step's last pass, in which the summed gradients are rotated once."""
         for layer in self.rotated():
             layer.start_pass(is_last)
 
@@ -220,8 +226,8 @@ class _Effective(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, change_MN: Tensor, layer: RotatedLayer, by_inputs: bool) -> Tensor:
-        # `change_MN` is not read: it is an argument because autograd sends the gradient that `backward` returns to the
-        # arguments. Nothing is saved for the backward pass, which needs the output's gradient alone.
+        # `change_MN` is an argument only because autograd sends the gradient that `backward` returns to the arguments. Nothing
+        # is saved for the backward pass, which needs the output's gradient alone.
         ctx.layer, ctx.by_inputs = layer, by_inputs
         return layer.matrix(by_inputs)
 
@@ -231,5 +237,5 @@ class _Effective(torch.autograd.Function):
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    # float64 stays: tests compare the layer with finite differences in it.
+    # float64 is retained, because tests compare the layer with finite differences in it.
     return torch.float64 if dtype == torch.float64 else torch.float32

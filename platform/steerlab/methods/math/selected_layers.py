@@ -14,9 +14,9 @@ from steerlab.models import LayerType, WeightPlace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Names instead of numbers, so that one job works for models of any depth.
+# Names instead of numbers let one job work for models of any depth.
 _RANGES = ("all", "early", "middle", "late", "last")
-# Both forms in one pattern: a number is a span that ends where it starts.
+# One pattern matches both forms: a number is a span that ends where it starts.
 _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
 _LAYER = rf"({'|'.join(_RANGES)}|[0-9]+(-[0-9]+)?)"
 _TYPES = f"({'|'.join(get_args(LayerType))})"
@@ -24,7 +24,7 @@ _TYPES = f"({'|'.join(get_args(LayerType))})"
 
 def _listed(value: object) -> object:
     """Return a list for one item, or for several items in a text with commas."""
-    # `--set method.target_layers=8-15,last` arrives as one text, and a list in YAML as a list.
+    # `--set method.target_layers=8-15,last` arrives as one text, a list in YAML as a list.
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
     # `target_layers: 3` in YAML is an int.
@@ -32,17 +32,17 @@ def _listed(value: object) -> object:
 
 
 def _known(value: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    # Both forms: a list of YAML holds numbers and texts, the command line texts only.
+    # A list in YAML holds numbers and texts, the command line gives texts only.
     for item in value:
-        # The same pattern as in the JSON schema: an editor and the job agree on what is right.
+        # The pattern is also in the JSON schema, so that an editor and the job accept the same values.
         if not re.fullmatch(_LAYER, str(item)):
-            # Not a ValueError: pydantic would write "Value error, " before its text.
-            message = f"{item!r} is none of {', '.join(_RANGES)}, no number and no span such as 8-15"
+            # The error is not a ValueError, because pydantic would write "Value error, " before its text.
+            message = f"{item!r} is not one of {', '.join(_RANGES)}, a number, or a span such as 8-15"
             raise PydanticCustomError("layers", "{message}", {"message": message})
     return value
 
 
-# The forms that a job may contain, for the JSON schema: a list, one item, or a text with commas.
+# These are the forms that a job may contain, for the JSON schema: a list, one item, or a text with commas.
 _ListOfLayers = tuple[Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=f"^{_LAYER}$")], ...]
 _WrittenLayers = (
     Annotated[_ListOfLayers, Field(min_length=1)] | int | Annotated[str, Field(pattern=f"^ *{_LAYER} *(, *{_LAYER} *)*$")]
@@ -50,7 +50,7 @@ _WrittenLayers = (
 _ListOfTypes = Annotated[tuple[LayerType, ...], Field(min_length=1)]
 _WrittenTypes = _ListOfTypes | Annotated[str, Field(pattern=f"^ *{_TYPES} *(, *{_TYPES} *)*$")]
 
-# `json_schema_input_type`: otherwise pydantic's schema for editors would refuse the short forms, which the validator takes.
+# Without `json_schema_input_type` pydantic's schema for editors would refuse the short forms, which the validator accepts.
 Types = Annotated[_ListOfTypes, BeforeValidator(_listed, json_schema_input_type=_WrittenTypes)]
 """Types of linear layers; in a job a list, or a text with commas."""
 Layers = Annotated[
@@ -64,7 +64,7 @@ Layers = Annotated[
 
 def numbers(layers: tuple[int | str, ...], num_layers: int) -> list[int]:
     """Return the numbers of the named blocks in ascending order, from 0, in a decoder of `num_layers` blocks."""
-    # Rounded up: the thirds together are all blocks, whatever their number.
+    # The bounds are rounded up, so that the thirds together are all blocks, whatever their number.
     third, two_thirds = -(-num_layers // 3), -(-2 * num_layers // 3)
     named = {
         "all": range(num_layers),
@@ -81,11 +81,11 @@ def numbers(layers: tuple[int | str, ...], num_layers: int) -> list[int]:
             # `_known` has checked the form.
             first, last = _SPAN.fullmatch(str(item)).groups()  # type: ignore[union-attr]
             blocks.update(range(int(first), int(last or first) + 1))
-    # A set, since spans may overlap; sorted, so that files list the layers in the model's order.
+    # Spans may overlap, so the numbers are a set; they are sorted, so that files list the layers in the model's order.
     return sorted(blocks)
 
 
 def places(model: PreTrainedModel, types: tuple[LayerType, ...], layers: tuple[int | str, ...]) -> list[WeightPlace]:
     """Return the selected linear layers. Raises ValueError if the model lacks a type of layer, or a block."""
-    # In the order of blocks, and within each of the types: the order of files, parameters and stages.
+    # The order is that of blocks, and within each block that of the types; files, parameters and stages follow it.
     return models.weight_places(model, types, numbers(layers, len(models.layer_names(model))))

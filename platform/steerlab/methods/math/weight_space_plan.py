@@ -1,6 +1,6 @@
-"""Which stages a config of Safety-WaRP (methods/warp.py) needs before its training, with what they read, hold and write.
+"""The stages that a config of Safety-WaRP (methods/warp.py) needs before its training, with their inputs, memory and outputs.
 
-math/weight_space.py has what the stages compute. Axes: M outputs, N inputs of a linear layer.
+math/weight_space.py has the computations of these stages. Axes: M outputs, N inputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -16,49 +16,49 @@ from steerlab.models import WeightPlace
 from steerlab.storage.plan import Estimate
 
 if TYPE_CHECKING:
-    # For annotations only: the method imports this file.
+    # The import is for annotations only, because the method imports this file.
     from steerlab.methods.warp import Config
 
 
 def declare_basis(config: Config, chosen: list[WeightPlace], prepare: Prepare) -> None:
     """Declare the bases of the layers' inputs, and the moments of the activations that they are made from (step 1)."""
-    # Layers that read the same input (queries, keys and values) share one basis.
-    # The last of several layers with one input wins; all of them have its width.
+    # Layers that read the same input (queries, keys and values) share one basis. The dict takes the width of the last of them;
+    # they all have the same width.
     sizes = {place.input_of: place.shape[1] for place in chosen}
-    # eigh holds the float64 matrix, its eigenvectors and its workspace: about four float64 matrices.
+    # eigh holds the float64 matrix, its eigenvectors and its workspace, about four float64 matrices.
     estimate = Estimate(memory_bytes=32 * max(sizes.values()) ** 2, disk_bytes=4 * sum(size**2 for size in sizes.values()))
     if config.rotation == "random":
         params = weight_space.RandomBasis(seed=config.seed, sizes=sizes).model_dump(mode="json")
-        # Needs no moments, and so no safety rows.
+        # A random basis needs no moments, and so no safety rows.
         return prepare.map_parts("basis", 1, params, tuple(sizes), weight_space.random_basis, estimate=estimate)
-    # The inputs of the layers on every chosen token: their uncentred second moment is C of step 1, up to the count.
-    # Padding is never among them: the selection of tokens leaves it out.
+    # The uncentred second moment of the inputs on every chosen token is C of step 1, up to the count. The selection of tokens
+    # excludes padding.
     phases = {"all": ("prompt", "generation"), "prompt": ("prompt",), "response": ("generation",)}[config.basis_tokens]
     select = Selection(modules="|".join(re.escape(name) for name in sizes), side="input", phases=phases)
     limits = {"max_tokens": config.max_tokens, "rows_per_shard": config.rows_per_shard}
-    # pooling none: every token of a text is one vector of C, and no text counts more than its tokens.
+    # pooling none: every token of a text is one vector of C, so that a text counts by its tokens.
     reads = {"select": select, "pooling": ("none",), "keep": "moments", "second_moment": True, **limits}
     role = "basis" if prepare.has("basis") else "safety"
     prepare.moments(role, ExtractConfig.model_validate(reads))
     # The role is named only where it is not the usual one, so that bases of earlier versions keep their keys.
     params = {"rotation": "safety"} if role == "safety" else {"rotation": "safety", "role": role}
-    # A part for each input: the decompositions do not depend on each other and spread over the cluster.
+    # Each input is one part, because the decompositions do not depend on each other and can run on different nodes.
     return prepare.map_parts("basis", 1, params, tuple(sizes), weight_space.eigenbasis, needs=(MOMENTS,), estimate=estimate)
 
 
 def declare_magnitude(make: MakePart, config: Config, chosen: list[WeightPlace], prepare: Prepare) -> None:
     """Declare the scores of the control that ranks coefficients by their size, which `make` computes from the weights."""
     sizes = [4 * place.shape[0] * place.shape[1] for place in chosen]
-    # The name of the importance: the mask reads its scores from there, whichever they are.
+    # The name is that of the importance, because the mask reads its scores under this name, whichever they are.
     layers, needs = _layers(config, "magnitude"), () if config.rotation == "none" else ("basis",)
     estimate = Estimate(memory_bytes=max(sizes), disk_bytes=sum(sizes))
     prepare.map_parts("importance", 1, layers, ("magnitude",), make, needs=needs, reads_model=True, estimate=estimate)
 
 
 def _layers(config: Config, of: Literal["gradients", "magnitude"]) -> dict[str, Json]:
-    # As text: 3 and "3" would be two keys of one stage.
+    # The layers are texts, because 3 and "3" would give one stage two keys.
     target_layers = tuple(str(item) for item in config.target_layers)
-    # The size of a weight has no tokens: its key must not change with an option that it does not read.
+    # The size of a weight does not depend on tokens, so its key must not change with an option that it does not read.
     tokens = "labelled" if of == "magnitude" else config.importance_tokens
     return weight_space.SelectedLayers(
         of=of, layer_type=config.layer_type, target_layers=target_layers, tokens=tokens
@@ -72,7 +72,7 @@ def declare_sums(name: str, role: str, start: StartSums, config: Config, chosen:
     # A shard holds whole batches: a batch split over two shards would be two terms of the sum of absolute values.
     per_shard = max(1, config.rows_per_shard // config.rows_per_batch) * config.rows_per_batch
     limits = {"rows_per_batch": config.rows_per_batch, "rows_per_shard": per_shard, "max_tokens": config.max_tokens}
-    # Memory: the sums and one gradient at a time. Disk: a file of sums for each shard, and the result.
+    # The memory is that of the sums; the disk holds a file of sums for each shard, and the result.
     estimate = Estimate(memory_bytes=sum(sizes), disk_bytes=sum(sizes), work_bytes=sum(sizes))
     prepare.sum_over_rows(name, 1, role, _layers(config, "gradients") | limits, start, needs=needs, estimate=estimate)
 
@@ -88,7 +88,7 @@ def declare_mask(config: Config, chosen: list[WeightPlace], prepare: Prepare) ->
         spare_ratio=config.spare_ratio,
     )
     sizes = [place.shape[0] * place.shape[1] for place in chosen]
-    # Of one layer at a time: scores, their bits as int32 and int64, and masks.
+    # The memory is that of one layer: scores, their bits as int32 and int64, and masks.
     estimate = Estimate(memory_bytes=24 * max(sizes), disk_bytes=sum(-(-size // 8) for size in sizes))
     needs = () if config.mask == "random" else ("importance",)
     needs += () if config.spare_ratio is None else ("utility_importance",)
@@ -101,16 +101,16 @@ def check_rows(config: Config, job: Job) -> None:
     # The basis may come from rows of its own; the importance cannot.
     reads_safety = config.mask == "importance" or (config.rotation == "safety" and "basis" not in data)
     if "safety" not in data and reads_safety:
-        raise ValueError("data.safety: method warp needs these rows: they say which directions are kept")
+        raise ValueError("data.safety: method warp needs these rows: they determine which coefficients are frozen")
     if "basis" in data and config.rotation != "safety":
-        raise ValueError(f"data.basis: method.rotation {config.rotation} makes no basis of rows; leave these rows out")
+        raise ValueError(f"data.basis: method.rotation {config.rotation} makes no basis of rows; remove these rows")
     if (config.spare_ratio is None) != ("utility" not in data):
         raise ValueError(
-            "data.utility and method.spare_ratio belong together: the rows say which coefficients matter for an ability, the "
+            "data.utility and method.spare_ratio belong together: the rows show which coefficients matter for an ability, the "
             "ratio how many of these are not frozen; give both or neither"
         )
     reads_loss = {"safety": config.mask == "importance", "utility": config.spare_ratio is not None}
-    # L_b of step 2 is over response tokens: labels on the question would rank what matters for asking it.
+    # L_b of step 2 is over response tokens: labels on the question would rank coefficients by their effect on asking it.
     for role, reads in reads_loss.items():
         if reads and role in data and config.importance_tokens == "labelled" and data[role].loss_on != "response":
             raise ValueError(

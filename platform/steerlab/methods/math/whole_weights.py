@@ -1,4 +1,4 @@
-"""All weights of a model as what trains and what is saved: the patch is their difference to the start of the training."""
+"""All weights of a model as trained parameters, saved as a patch of their differences to the start of the training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 class Whole(nn.Module):
     """Every weight of the model, as a module whose state is saved."""
 
-    # As the patch that it becomes: stacks and checks ask for the kind.
+    # The kind is that of the resulting patch, because stacks and checks ask for it.
     kind = "weight"
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        # A ParameterList names its entries by number, so the weights' names are kept beside it.
+        # A ParameterList names its entries by number, so the weights' names are stored separately.
         self.names = [name for name, _ in model.named_parameters()]
-        # The parameters themselves and no copies: the optimizer updates the model in place. Tied weights are in it once.
+        # The list holds the parameters themselves, not copies, because the optimizer updates the model in place. Tied weights
+        # are in it once.
         self.weights = nn.ParameterList(model.parameters())
 
     def finished(self, state: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> patches.WeightPatch:
@@ -33,8 +34,8 @@ class Whole(nn.Module):
             state: A trained state dict of this module.
             start: The weights at the start of the training, by name.
         """
-        # On the CPU and one weight at a time: policy, start and differences need not fit on the GPU together.
-        # By number, the order of `names`, which the state dict of a ParameterList keeps.
+        # The differences are computed on the CPU one weight at a time, so that policy, start and differences need not fit on
+        # the GPU together. The numbers follow `names`, whose order the state dict of a ParameterList has.
         return patches.WeightPatch.of(
             {name: state[f"weights.{i}"].cpu() - start[name].detach().cpu() for i, name in enumerate(self.names)}
         )

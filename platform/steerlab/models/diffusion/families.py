@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Family(NamedTuple):
-    """How one class of pipelines is loaded and called."""
+    """Settings by which one class of pipelines is loaded and called."""
 
     denoiser: Literal["unet", "transformer"]
     """Name of the component that predicts the noise."""
@@ -51,7 +51,7 @@ def _encode_two_clips(pipeline: StableDiffusionXLPipeline, prompt: str, guided: 
 
 
 def _encode_flux(pipeline: FluxPipeline, prompt: str, guided: bool) -> dict[str, Tensor]:
-    # The third result, the positions of the text, is the same for every prompt: the pipeline's call makes it again.
+    # The third result, the positions of the text, is the same for every prompt, and the pipeline's call makes it again.
     encoded = pipeline.encode_prompt(prompt, prompt, max_sequence_length=_flux_length(pipeline))[:2]
     names = ("prompt_embeds", "pooled_prompt_embeds")
     return {name: value for name, value in zip(names, encoded, strict=True) if value is not None}
@@ -68,7 +68,7 @@ def _encode_class(pipeline: DiTPipeline, prompt: str, guided: bool) -> dict[str,
     classes = pipeline.transformer.config.num_embeds_ada_norm
     if number is None or not 0 <= number < classes:
         names = f"one of {', '.join(list(pipeline.labels)[:8])}, ... or " if pipeline.labels else ""
-        raise ValueError(f"prompt {prompt!r} is no class of the model: give {names}a number from 0 to {classes - 1}")
+        raise ValueError(f"prompt {prompt!r} is not a class of the model: give {names}a number from 0 to {classes - 1}")
     return {"class_labels": torch.tensor([number])}
 
 

@@ -26,7 +26,7 @@ class Pass:
     num_rows: int
     """Rows of the batch, with and without a prompt."""
     steers_all: bool
-    """Whether patches act on the rows without a prompt as well."""
+    """Whether patches also act on the rows without a prompt."""
     device: torch.device
 
     @property
@@ -47,7 +47,7 @@ class Pass:
         if self.steers_all:
             # Both halves hold the images in the same order.
             return torch.cat([each_B] * (self.num_rows // num_images))
-        # Strength 0 leaves the rows without a prompt as the unsteered model computes them.
+        # Rows without a prompt get strength 0, so that they are computed as in the unsteered model.
         spread_R = torch.zeros(self.num_rows, dtype=each_B.dtype, device=each_B.device)
         spread_R[self.conditional] = each_B
         return spread_R

@@ -40,16 +40,16 @@ def read(directory: Path) -> dict[str, object]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error!s:.100}") from None
     if not isinstance(index, dict):
-        raise ValueError(f"{file} holds no JSON object")
+        raise ValueError(f"{file} does not hold a JSON object")
     for name, (library, kind) in components(index):
-        # diffusers imports any module that the index names. It also takes its own pipeline modules as libraries, for classes
-        # that live beside a pipeline.
+        # diffusers imports any module that the index names. It also accepts its own pipeline modules as libraries, for classes
+        # that are defined beside a pipeline.
         if library not in LIBRARIES and not inspect.ismodule(getattr(published, library, None)):
             raise ValueError(
                 f"{file}: {name!r:.80} is a {library:.80}.{kind:.80}; components are classes of {', '.join(LIBRARIES)} only"
             )
         if escapes(name):
-            raise ValueError(f"{file}: the component {name!r:.80} lies outside of the pipeline's folder")
+            raise ValueError(f"{file}: the component {name!r:.80} is outside the pipeline's folder")
         _check_component(directory / name)
     return index
 
@@ -60,14 +60,14 @@ class _Index(saved.Shape):
 
 def _check_component(component: Path) -> None:
     """Raise ValueError if a component holds code, an adapter, kernels of a hub, weights outside its folder or absurd sizes."""
-    # transformers merges an adapter that lies beside a config into the model, without being told to.
+    # transformers merges an adapter that is beside a config into the model without a request.
     if (component / "adapter_config.json").exists():
         raise ValueError(
             f"{component} holds an adapter (adapter_config.json), which transformers would put into the component: merge it "
-            "with peft, or take the adapter's files away"
+            "with peft, or remove the adapter's files"
         )
     for file in sorted(component.rglob("*.py")) if component.is_dir() else ():
-        raise ValueError(f"{file}: a pipeline's components bring no code of their own")
+        raise ValueError(f"{file}: a pipeline's components may not bring code of their own")
     for file in sorted(component.glob("*config.json")) if component.is_dir() else ():
         try:
             config = json.loads(files.read(file))
@@ -75,7 +75,7 @@ def _check_component(component: Path) -> None:
             raise ValueError(f"{file} is not JSON: {error!s:.100}") from None
         # For a config with auto_map, transformers asks on standard input whether it may run the code, and a worker would hang.
         if isinstance(config, dict) and "auto_map" in config:
-            raise ValueError(f"{file}: a pipeline's components bring no code of their own (auto_map)")
+            raise ValueError(f"{file}: a pipeline's components may not bring code of their own (auto_map)")
         counts.check_counts(config, str(file))
         kernels.check_kernels(config, str(file))
     for file in sorted(component.glob("*.index.json")) if component.is_dir() else ():

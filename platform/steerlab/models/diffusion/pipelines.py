@@ -3,7 +3,7 @@
 `Diffusion` holds a diffusers pipeline. The pipeline's components are submodules with the pipeline's own names. Each evaluation
 of the denoiser is a *pass*, numbered by its step. Hooks on the denoiser's modules read the property `now` to learn which pass
 runs: whether its activations are recorded, whether patches act, and which rows have a prompt. Under classifier-free guidance a
-pass is a batch of two halves, and the pipeline's family (`families.py`) says which half has the prompt.
+pass is a batch of two halves, and the pipeline's family (`families.py`) determines which half has the prompt.
 Axes: B images, C channels, H and W pixels, R rows of a batch (B or 2 B).
 """
 
@@ -44,12 +44,12 @@ class Diffusion(nn.Module):
         self._encoded: dict[tuple[str, bool], dict[str, Tensor]] = {}
         self._checkpointing = False
         self.denoiser.register_forward_pre_hook(self._enter, with_kwargs=True)
-        # `always_call`: `_leave` turns gradients on again even if the denoiser raises an error.
+        # With `always_call`, `_leave` turns gradients on again even if the denoiser raises an error.
         self.denoiser.register_forward_hook(self._leave, always_call=True)
 
     @property
     def denoiser_name(self) -> str:
-        """Name of the denoiser among the components; all modules that are read or steered lie in it."""
+        """Name of the denoiser among the components; all modules that are read or steered are in it."""
         return self.family.denoiser
 
     @property
@@ -87,7 +87,7 @@ class Diffusion(nn.Module):
         """Describe the steps or rows on which patches do not act; None if they act on all."""
         sampler = self.sampler
         if sampler.steer is not None and set(sampler.steer) != set(range(sampler.steps)):
-            return f"patches act in the steps {list(sampler.steer)} of {sampler.steps} alone (sampler.steer)"
+            return f"patches act in the steps {list(sampler.steer)} of {sampler.steps} only (sampler.steer)"
         if self._doubles(sampler.guidance) and not sampler.unconditional:
             return f"at guidance {sampler.guidance:g} the half without a prompt is not steered (sampler.unconditional)"
         return None
@@ -129,8 +129,8 @@ class Diffusion(nn.Module):
         """
         if self.sampler.steer is not None:
             raise ValueError(
-                f"scale.gradient_checkpointing with model.sampler.steer {list(self.sampler.steer)}: what is computed again "
-                "does not know its step; steer all steps or leave checkpointing off"
+                f"scale.gradient_checkpointing with model.sampler.steer {list(self.sampler.steer)}: activations computed again "
+                "do not know their step; steer all steps or turn checkpointing off"
             )
         self.denoiser.enable_gradient_checkpointing()
         self._checkpointing = True
@@ -159,7 +159,7 @@ class Diffusion(nn.Module):
             **self._conditions(prompts, self._doubles(guidance)),
             **self._schedule(steps),
             "guidance_scale": guidance,
-            # Generators on the CPU: a seed gives the same noise on every device, and in every batch.
+            # The generators are on the CPU, so that a seed gives the same noise on every device and in every batch.
             "generator": [torch.Generator().manual_seed(int(seed)) for seed in seeds],
         }
         # diffusers wraps the call in torch.no_grad, but gradients flow through the denoiser here.
@@ -168,23 +168,23 @@ class Diffusion(nn.Module):
             try:
                 images_BCHW = _images(call(self.pipeline, **arguments)[0])
             finally:
-                # Also where the reader of activations has ended the drawing, by an exception.
+                # The check also runs after the reader of activations has ended the drawing by an exception.
                 self._check_passes()
             what = "the image is NaN or infinite after the denoiser (scheduler or decoder),"
             self._refuse(here.step, _finite(images_BCHW), what)
             return images_BCHW
         except (ValueError, TypeError) as error:
-            # A scheduler may refuse the values only when it is called; the message is to name the setting.
+            # A scheduler may refuse the values only when it is called, and the message has to name the setting.
             if "timesteps" in str(error) and self.sampler.timesteps is not None:
                 raise ValueError(f"sampler.timesteps: {error}") from None
             raise
         finally:
-            here.seeds = None  # the drawing is over: a later call of the denoiser alone is no pass
+            here.seeds = None  # the drawing is over: a later call of the denoiser alone is not a pass
 
     def _schedule(self, steps: int | None) -> dict[str, object]:
         """Return the arguments of the pipeline's call that set steps, size and kind of output."""
         sampler, takes = self.sampler, arguments_of(type(self.pipeline))
-        # A list of timesteps has the sampler's number of steps, so a call with another number does without the list.
+        # A list of timesteps has the sampler's number of steps, so a call with another number does not use the list.
         settings: dict[str, object] = {"num_inference_steps": steps or sampler.steps, "output_type": "pt"}
         if sampler.timesteps is not None and (steps is None or steps == len(sampler.timesteps)):
             settings["timesteps"] = list(sampler.timesteps)
@@ -223,13 +223,13 @@ class Diffusion(nn.Module):
         here.step += 1
         num_rows, num_images = len(args[0] if args else next(iter(kwargs.values()))), len(here.seeds)
         if num_rows not in (num_images, 2 * num_images):
-            raise ValueError(f"{self.architecture} evaluates {num_rows} rows for {num_images} images: unknown what they are")
+            raise ValueError(f"{self.architecture} evaluates {num_rows} rows for {num_images} images, which is not supported")
         half = slice(0, num_images) if num_rows == num_images or self.family.conditional == "first" else slice(num_images, None)
         sampler, step = self.sampler, here.step
         steered = sampler.steer is None or step in sampler.steer
         here.now = Pass(step, step in sampler.read, steered, half, num_rows, sampler.unconditional, self.device)
         self._latest = here.now
-        # Gradients are off during the steps that they are not to flow through; `_leave` turns them on again.
+        # Gradients are off during the steps through which they must not flow; `_leave` turns them on again.
         through = sampler.differentiate
         here.grad = None
         if through is not None and step not in through and torch.is_grad_enabled():
@@ -244,20 +244,20 @@ class Diffusion(nn.Module):
             torch.set_grad_enabled(here.grad)
         if output is None:
             return  # the denoiser raised an error, or the reader of activations stopped it after the last module that it reads
-        # Of every pass, because NaN spreads from its first step to all later ones.
+        # Every pass is checked, because NaN spreads from its first step to all later ones.
         here.good.append((here.step, _finite(output[0])))
 
     def _check_passes(self) -> None:
         """Raise FloatingPointError with the step and the seed of the first row of a pass that holds NaN or infinity."""
         here = self._here
-        # For all passes at once: on a GPU the program waits for it once and not in every step.
+        # All passes are checked together, so that the program waits for a GPU once and not in every step.
         if here.good and not bool(torch.cat([good_R for _, good_R in here.good]).all()):
             for step, good_R in here.good:
                 self._refuse(step, good_R, "the denoiser gives a NaN or infinite value for the image")
 
     def _refuse(self, step: int, good_R: Tensor, what: str) -> None:
         if not bool(good_R.all()):
-            # Rows are the images once, or twice under guidance. `argmin` takes no booleans.
+            # Rows are the images once, or twice under guidance. `argmin` does not accept booleans.
             seeds = self._here.seeds
             raise FloatingPointError(f"step {step}: {what} of seed {seeds[int(good_R.int().argmin()) % len(seeds)]}")
 

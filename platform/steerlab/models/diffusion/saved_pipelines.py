@@ -47,8 +47,8 @@ def load(
         directory: Folder with a `model_index.json`.
         sampler: Scheduler, number of steps and guidance of the drawings.
         dtype: Type of the weights: float32, bfloat16 or float16.
-        seed: Seed of the initial weights, where the folder holds configs only.
-        denoiser: A safetensors file whose weights replace those of the denoiser; None keeps them.
+        seed: Seed of the initial weights, if the folder holds configs only.
+        denoiser: A safetensors file whose weights replace those of the denoiser; None uses the saved ones.
 
     Raises:
         ValueError: The pipeline's class is unknown, it cannot take the scheduler, or the weights are of another denoiser.
@@ -76,7 +76,7 @@ def saved_dtype(directory: Path) -> str:
     name, _ = class_of(directory)
     for file in sorted((directory / FAMILIES[name].denoiser).glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            # The first tensor is enough: diffusers saves all weights of a component in one type.
+            # The first tensor is enough, because diffusers saves all weights of a component in one type.
             for weight in opened.keys():  # noqa: SIM118
                 return str(opened.get_tensor(weight).dtype).removeprefix("torch.")
     return "float32"
@@ -110,7 +110,7 @@ def check_scheduler(directory: Path, sampler: SamplerConfig) -> None:
 
 def class_of(directory: Path) -> tuple[str, type[DiffusionPipeline]]:
     """Return the name and the class of the pipeline in `directory`. Raises ValueError if the class is unknown."""
-    # Imported here: diffusers takes seconds to import, and jobs with language models do not need it.
+    # diffusers takes seconds to import, and jobs with language models do not need it.
     import diffusers
     from diffusers.utils import logging as diffusers_logging
 
@@ -119,7 +119,7 @@ def class_of(directory: Path) -> tuple[str, type[DiffusionPipeline]]:
     diffusers_logging.disable_progress_bar()
     name = pipeline_index.read(directory).get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(f"{directory}: pipelines of class {name!s:.80} are not known here; known: {', '.join(FAMILIES)}")
+        raise ValueError(f"{directory}: pipelines of class {name!s:.80} are not supported; supported: {', '.join(FAMILIES)}")
     return name, PixelPipeline if name == PixelPipeline.__name__ else getattr(diffusers, name)
 
 
@@ -160,7 +160,9 @@ def _assembled(directory: Path, kind: type[DiffusionPipeline], dtype: torch.dtyp
 def _load_denoiser(denoiser: nn.Module, path: Path) -> None:
     """Replace a denoiser's weights by those of a safetensors file. Raises ValueError if names or shapes differ."""
     if path.suffix != ".safetensors":
-        raise ValueError(f"sampler.denoiser {path.name}: weights are read from safetensors only, no pickle; convert the file")
+        raise ValueError(
+            f"sampler.denoiser {path.name}: weights are read from safetensors only, not from a pickle; convert the file"
+        )
     # A pickle may run any code when it is loaded; a safetensors file cannot.
     weights, expected = load_file(path), denoiser.state_dict()
     missing = [name for name in expected if name not in weights]

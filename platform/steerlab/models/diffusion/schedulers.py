@@ -26,18 +26,19 @@ def scheduler_like(own: Any, sampler: SamplerConfig) -> Any:
     kind: Any = type(own) if sampler.scheduler is None else getattr(diffusers, sampler.scheduler, None)
     if not _is_a(kind, SchedulerMixin):
         raise ValueError(
-            f"sampler.scheduler {sampler.scheduler!r} is no scheduler of diffusers; the pipeline's is {type(own).__name__}"
+            f"sampler.scheduler {sampler.scheduler!r} is not a scheduler of diffusers; the pipeline's is {type(own).__name__}"
         )
-    # `_compatibles` holds the names of schedulers whose configs can replace one another (diffusers 0.42); it may be one-sided.
+    # `_compatibles` holds the names of schedulers whose configs can replace one another (diffusers 0.42); only one of the two
+    # may list the other.
     mine, others = {type(own).__name__, *own._compatibles}, {kind.__name__, *kind._compatibles}
     listed = type(own).__name__ in others or kind.__name__ in mine
-    # Schedulers without a list (LCM, TCD) fit where the noise schedule is of the same kind: diffusion betas, or flow matching.
+    # Schedulers without a list (LCM, TCD) fit if the noise schedule is of the same kind: diffusion betas, or flow matching.
     if not listed and _follows_betas(type(own)) != _follows_betas(kind):
         raise ValueError(
-            f"sampler.scheduler {kind.__name__}: the pipeline cannot take it in place of its {type(own).__name__}; it takes "
+            f"sampler.scheduler {kind.__name__}: the pipeline cannot use it instead of its {type(own).__name__}; it can use "
             f"{', '.join(sorted(mine))}"
         )
-    # `from_config` ignores settings that the class does not have.
+    # `from_config` ignores settings that the class does not have, so they are checked here.
     unknown = [name for name in sampler.options if name not in inspect.signature(kind.__init__).parameters]
     if unknown:
         raise ValueError(f"sampler.options.{unknown[0]}: {kind.__name__} has no such setting")

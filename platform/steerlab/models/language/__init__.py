@@ -1,1 +1,1 @@
-"""Causal language models: what differs between their architectures."""
+"""Causal language models: the differences between their architectures."""

@@ -57,7 +57,7 @@ def read_any_config(directory: Path, trust_remote_code: bool = False, advice: st
     kind = raw.get("model_type")
     if not trust_remote_code and not (isinstance(kind, str) and kind in transformers.CONFIG_MAPPING):
         _refuse_code(raw, file, advice)
-        raise ValueError(f"{file}: model_type {kind!r:.80} is none that transformers {transformers.__version__} knows")
+        raise ValueError(f"{file}: model_type {kind!r:.80} is not supported by transformers {transformers.__version__}")
     counts.check_counts(raw, str(file))
     with explained(str(file)):
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -80,7 +80,7 @@ def check_tokenizer_code(directory: Path, trust_remote_code: bool) -> None:
     file = directory / "tokenizer_config.json"
     if not trust_remote_code and file.is_file():
         raw = _json(file)
-        # transformers prefers its own class to the code of the checkpoint, if it has one of this name.
+        # transformers prefers its own class to the code of the checkpoint, if it has a class of this name.
         if not hasattr(transformers, str(raw.get("tokenizer_class"))):
             _refuse_code(raw, file, f"; {_TRUST}")
 
@@ -123,7 +123,7 @@ def _check_kind(config: PreTrainedConfig, raw: dict[str, object], directory: Pat
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise ValueError(f"{directory / 'config.json'}: architectures is a list of names, not {named!r:.80}")
     saved_class = next(iter(named), type(config).__name__.removesuffix("Config"))
-    what = f"{directory} holds a {saved_class}, which is no causal language model"
+    what = f"{directory} holds a {saved_class}, which is not a causal language model"
     if config.is_encoder_decoder:
         raise ValueError(f"{what}: it has an encoder and a decoder")
     if config.model_type in _NO_LEFT_TO_RIGHT:
@@ -154,12 +154,12 @@ def check_quantisation(config: PreTrainedConfig) -> None:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return
-    # A dict as read from the file; transformers replaces it by an object when it loads the weights.
+    # The settings are a dict as read from the file; transformers replaces it by an object when it loads the weights.
     method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
     try:
         AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment()
     except RuntimeError:
-        return  # there is no GPU here; the workers may have one
+        return  # this machine has no GPU, but the workers may have one
     except (ImportError, ValueError, TypeError) as error:
         raise ValueError(f"the weights are quantised ({method}) and cannot be loaded here: {_first_line(error)}") from None
 
@@ -175,18 +175,18 @@ def skeleton(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
 
 @lru_cache(maxsize=8)
 def _skeleton(directory: Path, config: str, trust_remote_code: bool) -> PreTrainedModel:
-    # `config`, the content of the file, is only part of the cache's key: a changed file gives another skeleton.
+    # `config`, the content of the file, is only part of the cache's key, so that a changed file gives another skeleton.
     model = make(read_config(directory, trust_remote_code), trust_remote_code)
-    # BERT and its relatives attend in both directions unless the config says is_decoder, which their modules store.
+    # BERT and its relatives attend in both directions unless the config has is_decoder, which their modules store.
     if any(part.__dict__.get("is_decoder") is False for part in model.get_decoder().modules()):
         raise ValueError(
-            f"{directory} holds a {type(model).__name__} whose tokens see those after them; the config of a decoder says "
+            f"{directory} holds a {type(model).__name__} whose tokens see those after them; the config of a decoder has "
             "is_decoder: true"
         )
     parameters = inspect.signature(type(model).forward).parameters
     needed = [name for name, parameter in parameters.items() if _is_required(name, parameter)]
     if needed:
-        raise ValueError(f"{directory} holds a {type(model).__name__}, which reads no text without {', '.join(needed)}")
+        raise ValueError(f"{directory} holds a {type(model).__name__}, which needs further inputs: {', '.join(needed)}")
     return model
 
 

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 def attends(model: nn.Module) -> bool:
     """Return whether a model has attention modules, with or without the values of its weights."""
-    # By the names of transformers' classes: LlamaAttention, GPT2Attention, FalconAttention. A recurrent model has none.
+    # Attention modules are recognised by the names of transformers' classes: LlamaAttention, GPT2Attention, FalconAttention. A
+    # recurrent model has none.
     return any(type(module).__name__.endswith("Attention") for module in model.modules())
 
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Run a model with eager attention within a `with` block: the other kernels never hold the weights in memory."""
+    """Run a model with eager attention within a `with` block: the other kernels never store the weights."""
     config: Any = model.config
     before = config._attn_implementation
     model.set_attn_implementation("eager")
@@ -36,7 +37,7 @@ def attention_weights(model: PreTrainedModel, outputs: object) -> list[Tensor]:
     """Return the weights of each decoder layer, (B, H, T, T), from the outputs of a call with `output_attentions`.
 
     Raises:
-        ValueError: the model, or one of its layers, returns none.
+        ValueError: the model, or one of its layers, does not return them.
     """
     weights = [value for value in getattr(outputs, "attentions", None) or () if isinstance(value, Tensor) and value.dim() == 4]
     num_layers = len(layer_names(model))

@@ -1,7 +1,7 @@
-"""Caches of keys and values row by row: leave rows out, drop columns, join two caches.
+"""Caches of keys and values row by row: remove rows, drop columns, join two caches.
 
 Only caches whose layers hold all keys in order of their columns can be changed so; others, such as the state of a recurrent
-model, are left alone. Axes: B rows, H heads, T columns, K width of a head.
+model, are not changed. Axes: B rows, H heads, T columns, K width of a head.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def keeps_rows_apart(cache: object) -> bool:
-    """Return whether rows can be left out of a cache."""
+    """Return whether rows can be removed from a cache."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    # The classes themselves: those that derive from them hold more than keys and values.
+    # The classes are compared exactly, because classes derived from them hold more than keys and values.
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return type(cache) is DynamicCache and all(type(layer) in kinds for layer in cache.layers)
 
@@ -30,7 +30,7 @@ def keeps_columns(cache: object) -> bool:
 
 
 def keep_rows(cache: Any, rows: Tensor) -> None:
-    """Leave only the rows with these numbers in a cache that `keeps_rows_apart`."""
+    """Remove all rows but those with these numbers from a cache that `keeps_rows_apart`."""
     cache.batch_select_indices(rows)
 
 
@@ -62,7 +62,7 @@ def _joined(first_BHTK: Tensor, second_BHTK: Tensor) -> Tensor:
 
 
 def padded(x: Tensor, num: int, dim: int, fill: int = 0) -> Tensor:
-    """Return a tensor with `num` entries along an axis, the new ones in front."""
+    """Return a tensor with `num` entries along an axis, the new ones first."""
     shape = list(x.shape)
     shape[dim] = num - x.shape[dim]
     return x if not shape[dim] else torch.cat([x.new_full(shape, fill), x], dim)

@@ -1,6 +1,6 @@
 """Arguments of a model's forward, its cache of past tokens, and its behaviour on padded rows.
 
-These are read from the signature of `forward`, or measured by a short call, instead of listed by the model's name.
+These are found in the signature of `forward`, or measured by a short call, instead of listed by the model's name.
 Axes: T tokens, V vocabulary, 1 for a batch of one row.
 """
 
@@ -73,12 +73,12 @@ def reads_padding(model: PreTrainedModel) -> bool:
     if "position_ids" not in _taken(type(model)) or max_positions(model) < 2 * _PROBE_TOKENS + _PROBE_STEPS:
         return False
     if model not in _reads_padding:
-        # Measured, because some models take positions and do not use them everywhere.
+        # The behaviour is measured, because some models take positions and do not use them everywhere.
         _reads_padding[model] = _same_after_padding(model)
     return _reads_padding[model]
 
 
-# Weak keys: a model in this table can still be freed.
+# The keys are weak, so that a model in this table can still be freed.
 _reads_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
@@ -87,8 +87,8 @@ def alike_up_to(model: PreTrainedModel) -> float:
     config = text_config(model)
     limits = []
     rope = getattr(config, "rope_parameters", None) or {}
-    # Once the longest row of a batch exceeds the length of pretraining, these rotary embeddings change for all its rows.
-    # `rope` holds the parameters, or parameters by type of layer for models with several rotary embeddings.
+    # Once the longest row of a batch exceeds the length of pretraining, these rotary embeddings change for all its rows. `rope`
+    # holds the parameters, or parameters by type of layer for models with several rotary embeddings.
     for parameters in rope.values() if all(isinstance(value, Mapping) for value in rope.values()) else [rope]:
         if parameters.get("rope_type") in _BY_LONGEST_ROW:
             own = getattr(config, "original_max_position_embeddings", None)
@@ -110,7 +110,7 @@ def _same_after_padding(model: PreTrainedModel) -> bool:
 
 def _decoded(model: PreTrainedModel, padding: int) -> Tensor:
     """Return the logits after a short row with `padding` columns on its left and after each token that continues it, (T, V)."""
-    # Different tokens, so that a shift of positions shows; the modulo is for test models of few tokens.
+    # The tokens differ, so that a shift of positions changes the logits; the modulo is for test models of few tokens.
     ids = torch.arange(1, 1 + _PROBE_TOKENS + _PROBE_STEPS, device=model.device) % text_config(model).vocab_size
     ids_1T = torch.cat([ids.new_zeros(padding), ids])[None]
     mask_1T = torch.cat([ids.new_zeros(padding), torch.ones_like(ids)])[None]
@@ -134,13 +134,13 @@ def max_positions(model: PreTrainedModel) -> float:
     """Return the length of a language model's context in tokens; infinity if its config names no limit."""
     # Models without positions, such as Mamba, have no such key.
     limit = getattr(text_config(model), "max_position_embeddings", None)
-    return limit if limit is not None and limit > 0 else math.inf  # XLNet says -1
+    return limit if limit is not None and limit > 0 else math.inf  # XLNet has -1
 
 
 def accepted(model: PreTrainedModel, kwargs: Mapping[str, T]) -> dict[str, T]:
     """Return `kwargs` without the optional arguments that the model's forward does not take.
 
-    Others stay even if it does not take them, so that the call fails instead of ignoring them.
+    Other arguments stay even if it does not take them, so that the call fails instead of ignoring them.
     """
     taken = _taken(type(model))
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):

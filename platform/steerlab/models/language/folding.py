@@ -35,18 +35,19 @@ def fold_affine(model: PreTrainedModel, name: str, scale_D: Tensor, shift_D: Ten
         shift_D: Term added to each feature.
 
     Raises:
-        ValueError: The module or the architecture has no weights that can hold the map; the message says why.
+        ValueError: The module or the architecture has no weights that can hold the map; the message gives the reason.
     """
     # A colon in the name selects an element of a module's output, which has no weights of its own.
     module: Any = model.get_submodule(name) if ":" not in name else None
     if isinstance(module, _WITH_GAINS) and module.weight is None:
-        raise ValueError(f"{name} is a {type(module).__name__} without weights: its map has no place")
+        raise ValueError(f"{name} is a {type(module).__name__} without weights that could hold the map")
     with torch.no_grad():
         if isinstance(module, _BY_OUTPUT):
-            # The output axis last, where scale_D broadcasts against it, and back: convolutions have up to five axes.
+            # The output axis is moved to the end, where scale_D broadcasts against it, and back; convolutions have up to five
+            # axes.
             by_output = module.weight.double().movedim(0, -1) * scale_D
             _scaled(model, name, by_output.movedim(-1, 0), scale_D, shift_D)
-        # The gain of a norm has the axis D only, and a transposed weight (GPT-2's Conv1D) has its outputs last.
+        # The gain of a norm has only the axis D, and a transposed weight (GPT-2's Conv1D) has its outputs last.
         elif module is not None and (_is_plain_norm(module) or stores_transposed(module)):
             _scaled(model, name, module.weight.double() * scale_D, scale_D, shift_D)
         elif isinstance(module, nn.LayerNorm) and module.bias is not None:
@@ -69,13 +70,13 @@ def fold_low_rank(model: PreTrainedModel, name: str, up_DR: Tensor, down_RD: Ten
         bias_R: Term added to the features.
 
     Raises:
-        ValueError: The module has no weights that can hold the map; the message says why.
+        ValueError: The module has no weights that can hold the map; the message gives the reason.
     """
     module: Any = model.get_submodule(name) if ":" not in name else None
     shift_D = up_DR @ bias_R  # z + up (down z + bias) = (I + up down) z + up bias
     with torch.no_grad():
         if isinstance(module, nn.Embedding):
-            # Tied weights: the output head would change together with the embedding.
+            # If weights are tied, the output head would change together with the embedding.
             if any(other.weight is module.weight for other in model.modules() if isinstance(other, nn.Linear)):
                 raise ValueError(f"{name} shares its weights with another layer, which would change with it")
             rows_VD = module.weight.double()
@@ -87,7 +88,7 @@ def fold_low_rank(model: PreTrainedModel, name: str, up_DR: Tensor, down_RD: Ten
         weight_DN = module.weight.double().T if stores_transposed(module) else module.weight.double()
         if module.bias is None and bool(shift_D.any()):
             _declare_bias(model, name)
-        # (I + up down) W without the matrix of D x D.
+        # (I + up down) W is computed without the matrix of D x D.
         changed_DN = weight_DN + up_DR @ (down_RD @ weight_DN)
         module.weight.copy_(changed_DN.T if stores_transposed(module) else changed_DN)
         if module.bias is not None:
@@ -120,7 +121,7 @@ def _scaled(model: PreTrainedModel, name: str, weight: Tensor, scale_D: Tensor, 
 def _fold_into_rms_norm(model: PreTrainedModel, name: str, scale_D: Tensor, shift_D: Tensor) -> None:
     """Scale the gain, and add the shift, through their weights, to the biases of the linear layers that read the norm."""
     norm = model.get_submodule(name)
-    # Before the gain changes, so that what is refused here leaves the model's weights as they were.
+    # The layers are found before the gain changes, so that a refused map does not change the model's weights.
     followers = _linear_followers(model, norm) if bool(shift_D.any()) else {}
     for path, linear in followers.items():
         if linear.bias is None:
@@ -144,10 +145,10 @@ def _scale_gain(norm: nn.Module, scale_D: Tensor, shift_D: Tensor | None = None)
     """Scale a norm's gain, whether its weight is the gain or the gain minus one, and change its bias."""
     weight: Any = norm.weight
     if weight is None:
-        raise ValueError(f"a {type(norm).__name__} without weights: the map has no place")
+        raise ValueError(f"a {type(norm).__name__} without weights that could hold the map")
     norm_any: Any = norm
     before, bias_before = weight.detach().clone(), getattr(norm_any, "bias", None)
-    # A test input tells whether the norm stores the gain, or the gain minus one, as Gemma's does.
+    # A test input shows whether the norm stores the gain, or the gain minus one, as Gemma's does.
     probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None]
     wanted = scale_D.to(weight.device) * norm(probe).double()
     if shift_D is not None:
@@ -161,7 +162,9 @@ def _scale_gain(norm: nn.Module, scale_D: Tensor, shift_D: Tensor | None = None)
     weight.copy_(before)
     if shift_D is not None:
         norm_any.bias = bias_before
-    raise ValueError(f"a {type(norm).__name__} stores neither its gain nor its gain minus one as weight: the map has no place")
+    raise ValueError(
+        f"a {type(norm).__name__} stores neither its gain nor its gain minus one as weight, so no weight can hold the map"
+    )
 
 
 def _linear_followers(model: PreTrainedModel, norm: nn.Module) -> dict[str, nn.Linear]:
@@ -171,13 +174,14 @@ def _linear_followers(model: PreTrainedModel, norm: nn.Module) -> dict[str, nn.L
 
     def follow(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
         def compare(module: nn.Module, args: tuple[object, ...]) -> None:
-            # Compared by memory, not by identity: a module may get a view of the output, such as all tokens in one axis.
+            # Tensors are compared by memory instead of identity, because a module may get a view of the output, such as all
+            # tokens in one axis.
             if args and output and isinstance(args[0], Tensor) and args[0].data_ptr() == output[0].data_ptr():
                 followers[name] = module
 
         return compare
 
-    # The output is kept until the end of the call, so that no other tensor can take its memory.
+    # The output is held until the end of the call, so that no other tensor can take its memory.
     def store(_module: nn.Module, _inputs: object, value: object) -> None:
         if isinstance(value, Tensor):
             output.append(value)
@@ -198,24 +202,24 @@ def _linear_followers(model: PreTrainedModel, norm: nn.Module) -> dict[str, nn.L
     others = [name for name in followers if name not in linear]
     if others:
         raise ValueError(
-            f"{others[0]}, no linear layer, takes the output of a {type(norm).__name__} too: the shift has no place"
+            f"{others[0]}, not a linear layer, also takes the output of a {type(norm).__name__}: no bias can hold the shift"
         )
     if not linear:
         raise ValueError(
-            f"a {type(norm).__name__} has no bias, and no linear layer takes its output as it is: the shift has no place"
+            f"a {type(norm).__name__} has no bias, and no linear layer takes its output unchanged: no bias can hold the shift"
         )
     return linear
 
 
 def _declare_bias(model: PreTrainedModel, path: str) -> None:
     """Add zero biases to the linear layers of a block, in all decoder layers, and set the flag of the config for them."""
-    # The flag holds for all layers: a saved checkpoint that lacked some of these biases could not be loaded.
-    # The config has one flag for all linear layers of a block, and `save_pretrained` writes no other trace of a bias.
+    # The flag holds for all layers, and a saved checkpoint that lacked some of these biases could not be loaded. The config has
+    # one flag for all linear layers of a block, and `save_pretrained` writes no other trace of a bias.
     parent, _, _ = path.rpartition(".")
     flag = _BIAS_FLAGS.get(parent.rpartition(".")[2], "")
     if not isinstance(model.get_submodule(path), nn.Linear) or not hasattr(model.config, flag):
         raise ValueError(
-            f"{path} has no bias, and the config of {type(model).__name__} cannot give it one: the shift has no place"
+            f"{path} has no bias, and the config of {type(model).__name__} cannot give it one: no bias can hold the shift"
         )
     setattr(model.config, flag, True)
     for layer in layer_names(model):

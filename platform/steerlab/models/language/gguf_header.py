@@ -57,16 +57,17 @@ class _Reader:
 
     def header(self) -> Header:
         header = Header()
-        # Version 1 has counts of 32 bits; in a big-endian file the version reads as another number. Both are refused here.
+        # Version 1 has counts of 32 bits, and in a big-endian file the version is parsed as another number. Both are refused
+        # here.
         if self._take(4) != _MAGIC or self._number("<I") not in (2, 3):
-            raise self._error("is no GGUF file of version 2 or 3")
+            raise self._error("is not a GGUF file of version 2 or 3")
         num_tensors, num_keys = self._number("<Q"), self._number("<Q")
         if num_tensors > _MOST_TENSORS or num_keys > _MOST_KEYS:
-            raise self._error(f"says that it has {num_tensors:,} tensors and {num_keys:,} keys; no model has as many")
+            raise self._error(f"claims {num_tensors:,} tensors and {num_keys:,} keys; no model has as many")
         seen: set[str] = set()
         for _ in range(num_keys):
             key = self._name()
-            # With a key twice, a library may take another value than the one that was checked.
+            # If a key occurs twice, a library may take another value than the one that was checked.
             if key in seen:
                 raise self._error(f"has the key {key!r:.80} twice")
             seen.add(key)
@@ -79,7 +80,9 @@ class _Reader:
 
     def _skip(self, count: int) -> None:
         if count > len(self._content) - self._at:
-            raise self._error(f"ends at byte {len(self._content):,}; its header says that {count:,} bytes follow {self._at:,}")
+            raise self._error(
+                f"ends at byte {len(self._content):,}; its header claims that {count:,} bytes follow {self._at:,}"
+            )
         self._at += count
 
     def _take(self, count: int) -> bytes:
@@ -96,7 +99,7 @@ class _Reader:
         return self._take(length).decode(errors="replace")
 
     def _value(self, key: str, header: Header) -> None:
-        """Read the value of a key: whole numbers are kept, all others skipped."""
+        """Read the value of a key: whole numbers are stored, all others skipped."""
         kind = self._number("<I")
         if kind in _WHOLE:
             header.numbers[key] = self._number(_WHOLE[kind])
@@ -110,12 +113,13 @@ class _Reader:
             raise self._error(f"has {key!r:.80} of type {kind}, which is unknown")
 
     def _array(self, key: str) -> None:
-        """Skip an array, item by item where its items have lengths of their own."""
+        """Skip an array, item by item if its items have lengths of their own."""
         kind, count = self._number("<I"), self._number("<Q")
-        # Counted over all arrays: many arrays of an allowed size would take as long as one that is too large.
+        # The items of all arrays are counted together, because many arrays of an allowed size would take as long as one that is
+        # too large.
         self._items += count
         if self._items > _MOST_ITEMS:
-            raise self._error(f"says that {key!r:.80} has {count:,} items; a header has {_MOST_ITEMS:,} at most")
+            raise self._error(f"claims {count:,} items for {key!r:.80}; the maximum of a header is {_MOST_ITEMS:,}")
         if kind in _SIZES:
             self._skip(count * _SIZES[kind])
         elif kind == _TEXT:
@@ -133,7 +137,7 @@ class _Reader:
         for _ in range(count):
             name, axes = self._name(), self._number("<I")
             if name in header.elements or axes > _MOST_AXES:
-                raise self._error(f"has {name!r:.80} twice, or with {axes:,} axes; there are {_MOST_AXES} at most")
+                raise self._error(f"has {name!r:.80} twice, or with {axes:,} axes; the maximum is {_MOST_AXES}")
             elements = math.prod(self._number("<Q") for _ in range(axes))
             kind, offset = self._number("<I"), self._number("<Q")
             if kind not in set(GGMLQuantizationType):
@@ -144,8 +148,8 @@ class _Reader:
             header.elements[name] = elements
             total += num_bytes
             ends.append(offset + num_bytes)
-        # Offsets count from the end of the header, rounded up to the alignment; `left` contains that padding, so the bound is
-        # a few bytes too generous. The total is checked as well, because tensors could share the same bytes.
+        # Offsets count from the end of the header, rounded up to the alignment; `left` contains that padding, so the bound is a
+        # few bytes too generous. The total is also checked, because tensors could share the same bytes.
         left = len(self._content) - self._at
         if max(ends, default=0) > left or total > left:
-            raise self._error(f"says that its tensors have {total:,} bytes up to {max(ends):,}; {left:,} follow the header")
+            raise self._error(f"claims that its tensors have {total:,} bytes up to {max(ends):,}; {left:,} follow the header")

@@ -23,7 +23,7 @@ _Step: TypeAlias = Mapping[str, Any]
 _MOST = 100
 """Largest number of characters that one may become. Some growth is usual: a byte becomes six characters, such as <0x0A>."""
 _MOST_PUT = 1_000
-"""Largest number of tokens that a tokenizer may add around a text; real ones add four at most."""
+"""Largest number of tokens that a tokenizer may add around a text; real ones add four or fewer."""
 _BYTE_LEVEL = 4
 """Largest number of bytes of a character in UTF-8; a byte-level step turns each of them into a character."""
 _NOT_EMPTY = re.compile(r"(?:\\[swdSWDnrt]|\\[pP]\{\w+\}|\{[1-9][0-9]*(?:,[0-9]*)?\}|[^\\*?|^$(){}])+")
@@ -36,17 +36,17 @@ def of(tokenizer: PreTrainedTokenizerBase) -> float:
 
 
 def check(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Check that a tokenizer does not lengthen texts beyond any need.
+    """Check that a tokenizer does not lengthen texts excessively.
 
     Raises:
         ValueError: A part of the tokenizer may; the message names it.
     """
-    # The decoder counts too: generated ids become text through it.
+    # The decoder counts too, because generated ids become text through it.
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         growth = _steps_growth(tokenizer, part)
         if growth > _MOST:
             raise ValueError(
-                f"the {part} of the tokenizer in {directory} makes {_shown(growth)} characters of one; none needs to"
+                f"the {part} of the tokenizer in {directory} makes {_shown(growth)} characters of one, which no tokenizer needs"
             )
     # A text is repeated `times` times with `put` tokens around it. Each step repeats what the steps before it added.
     times, put = 1, 0
@@ -55,7 +55,7 @@ def check(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
         times, put = times * repeats, put * repeats + around
         if times > _MOST or put > _MOST_PUT:
             fault = f"repeats a text {_shown(times)} times" if times > _MOST else f"puts {put:,} tokens around a text"
-            raise ValueError(f"the post-processor of the tokenizer in {directory} {fault}; none needs to")
+            raise ValueError(f"the post-processor of the tokenizer in {directory} {fault}, which no tokenizer needs")
 
 
 def _state(tokenizer: PreTrainedTokenizerBase, part: str) -> _Step:
@@ -76,7 +76,7 @@ def _flat(step: _Step) -> Iterator[_Step]:
 def _steps_growth(tokenizer: PreTrainedTokenizerBase, part: str) -> float:
     growth = 1.0
     for step in _flat(_state(tokenizer, part)):
-        # Below infinity, so that a message can show the number.
+        # The growth stays below infinity, so that a message can show the number.
         growth = min(growth * _growth(step, is_decoder=part == "decoder"), 1e300)
     return growth
 
@@ -93,7 +93,7 @@ def _growth(step: _Step, *, is_decoder: bool) -> float:
         return _longest_entry(step.get("precompiled_charsmap"))
     if kind == "ByteLevel":
         return 1.0 if is_decoder else _BYTE_LEVEL
-    if kind in ("BPEDecoder", "CTC"):  # they replace it by a space; an empty one matches before each character
+    if kind in ("BPEDecoder", "CTC"):  # these replace a text by a space; an empty one matches before each character
         return 1.0 if step.get("suffix", step.get("word_delimiter_token")) else 2.0
     if kind == "BertNormalizer":  # a space on both sides of each Chinese character
         return 3.0
@@ -122,11 +122,11 @@ def _around(step: _Step) -> tuple[int, int]:
     if step.get("type") != "TemplateProcessing":
         # Around a pair of texts BERT's post-processor adds three tokens and RoBERTa's four.
         return 1, 0 if step.get("type") in (None, "ByteLevel") else 4
-    # A special token of a template may stand for several ids.
+    # A special token of a template may represent several ids.
     special = {name: len(token.get("ids", ())) for name, token in step.get("special_tokens", {}).items()}
     forms = [step.get("single", ()), step.get("pair", ())]
     put = sum(special.get(piece["SpecialToken"]["id"], 0) for form in forms for piece in form if "SpecialToken" in piece)
-    # A template may write the text A or B several times.
+    # A template may contain the text A or B several times.
     texts = [[piece["Sequence"]["id"] for piece in form if "Sequence" in piece] for form in forms]
     return max(1, *(form.count(name) for form in texts for name in "AB")), put
 

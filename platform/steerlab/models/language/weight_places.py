@@ -46,7 +46,7 @@ def layer_names(model: PreTrainedModel) -> list[str]:
         prefix = next(name for name, module in model.named_modules() if module is part)
         inner = [name for name, module in part.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
         if inner:
-            # The outermost list: blocks may hold lists, such as experts, that happen to have the same length.
+            # The outermost list is taken, because blocks may hold lists, such as experts, that happen to have the same length.
             path = ".".join(name for name in (prefix, min(inner, key=lambda name: name.count("."))) if name)
             return [f"{path}.{i}" for i in range(count or 0)]
     raise ValueError(f"{type(model).__name__}: no list of its {count} decoder layers was found")
@@ -67,7 +67,7 @@ _PATHS: dict[str, tuple[str, ...]] = {
     ),
     "ffn_down": ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "fc2", "mlp.fc_out", "mlp.dense_4h_to_h", "ffn.down_proj"),
 }  # fmt: skip
-"""Paths in a decoder layer at which architectures keep a type of linear layer."""
+"""Paths in a decoder layer at which architectures have a type of linear layer."""
 _BLOCKS = ("self_attn.qkv_proj", "attn.Wqkv")
 """Fused layers whose outputs are all queries, then all keys, then all values."""
 _GROUPS = ("attention.query_key_value", "self_attention.query_key_value", "self_attn.query_key_value")
@@ -113,7 +113,7 @@ def weight_places(model: PreTrainedModel, types: Sequence[str], layers: Sequence
     if outside:
         raise ValueError(f"layer {outside[0]}: {type(model).__name__} has the layers 0 to {len(names) - 1}")
     tables = {names[layer]: _paths_of_layer(model.get_submodule(names[layer])) for layer in layers}
-    # In a hybrid model a type is enough in one of the layers: those without attention have no queries.
+    # In a hybrid model it is enough if one of the layers has a type: those without attention have no queries.
     available = [kind for kind in _PATHS if any(kind in table for table in tables.values())]
     missing = [kind for kind in types if kind not in available]
     if missing:
@@ -143,7 +143,7 @@ def _why_missing(model: PreTrainedModel, kind: str, layers: Iterable[str]) -> st
     for layer in layers:
         for name, parameter in model.get_submodule(layer).named_parameters():
             if kind.startswith("ffn") and parameter.dim() == 3:
-                return f". Its experts lie in tensors of three axes such as {layer}.{name}, which have no one basis or adapter"
+                return f". Its experts are in tensors of three axes such as {layer}.{name}, which have no one basis or adapter"
     return ""
 
 

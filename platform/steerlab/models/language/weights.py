@@ -1,4 +1,4 @@
-"""Load the weights of a checkpoint, and check that it holds all that its config describes."""
+"""Load the weights of a checkpoint, and check that it has all tensors that its config describes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_weights(directory: Path, trust_remote_code: bool = False) -> None:
         with explained(f"the checkpoint {directory}"):
             ignored = _checked(directory, files, trust_remote_code)
         if ignored:
-            warnings.warn(f"{directory}: tensors that the model has no place for are left out: {listed(ignored)}", stacklevel=2)
+            warnings.warn(f"{directory}: tensors that the model does not have are ignored: {listed(ignored)}", stacklevel=2)
 
 
 @lru_cache(maxsize=8)
@@ -61,7 +61,7 @@ def _checked(directory: Path, files: tuple[tuple[str, int, int], ...], trust_rem
     """Return the names of the tensors that the model does not have."""
     config = architecture.read_config(directory, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
-        check_files(directory)  # packed tensors have other names and shapes than the model's: only files are checked
+        check_files(directory)  # packed tensors have other names and shapes than the model's, so only files are checked
         return ()
     _, loading = _read(directory, {"device_map": "meta", "config": config, "trust_remote_code": trust_remote_code})
     return tuple(sorted(loading["unexpected_keys"]))
@@ -77,7 +77,7 @@ def _read(directory: Path, kwargs: Mapping[str, Any]) -> tuple[PreTrainedModel, 
     check_files(directory)
     config = kwargs.get("config") or architecture.read_config(directory, kwargs["trust_remote_code"])
     with without_its_report():
-        # Shapes that differ are to be listed by `check_loading`, with missing tensors, rather than raised one by one.
+        # Shapes that differ are listed by `check_loading`, with missing tensors, instead of raised one by one.
         model, loading = architecture.model_class(config).from_pretrained(
             directory, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
         )
@@ -137,15 +137,16 @@ def check_files(directory: Path) -> None:
             raise ValueError(f"{index}: {len(missing)} of {len(shards)} files are missing: {listed(missing)}")
     for file in sorted(directory.glob("*.safetensors")):
         try:
-            # Opening compares the header with the size of the file, so it notices a file that was cut off.
+            # Opening compares the header with the size of the file, so it detects a truncated file.
             with safe_open(file, "pt"):
                 pass
         except (SafetensorError, OSError, struct.error) as error:
-            raise ValueError(f"{file} cannot be read, as if it was not copied to its end: {error}") from None
+            raise ValueError(f"{file} cannot be read and may be truncated: {error}") from None
     # Other .bin files, such as training_args.bin, hold no weights.
     for file in sorted(directory.glob("pytorch_model*.bin")):
         try:
-            # On the meta device, memory-mapped: no values are read. `weights_only`, because a pickle may run code.
+            # The file is memory-mapped and loaded on the meta device, so that no values are read; `weights_only`, because a
+            # pickle may run code.
             torch.load(file, map_location="meta", mmap=True, weights_only=True)
         except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
             raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None

@@ -38,7 +38,8 @@ def read(path: Path, model: PreTrainedModel) -> SavedPatch:
 
 
 def check(path: Path, hidden_size: int, num_layers: int) -> None:
-    """Raise ValueError if a path holds no patch, or one for a model of another width or depth, as far as its files say so."""
+    """Raise ValueError if a path holds no patch, or one for a model of another width or depth, as far as its files contain
+    these sizes."""
     place = _place(path)
     if place.is_file():
         control_vectors.check(control_vectors.read(place), hidden_size, num_layers, str(place))
@@ -47,7 +48,7 @@ def check(path: Path, hidden_size: int, num_layers: int) -> None:
 
 
 def _place(path: Path) -> Path:
-    """Return the GGUF file, or the folder of an adapter or a patch, that a path stands for."""
+    """Return the GGUF file, or the folder of an adapter or a patch, that a path refers to."""
     if path.is_dir():
         files.check_folder(path)
         if saving.exists(path) or (path / adapters.CONFIG).is_file():
@@ -61,5 +62,5 @@ def _place(path: Path) -> Path:
         raise ValueError(f"{path} does not exist: a patch is a control vector (.gguf), or the folder of a PEFT adapter")
     files.check(path)
     if path.suffix != ".gguf":
-        raise ValueError(f"{path} is no patch: that is a control vector (.gguf), or the folder of a PEFT adapter")
+        raise ValueError(f"{path} is not a patch: give a control vector (.gguf), or the folder of a PEFT adapter")
     return path

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-# Larger than the width of any model: without a bound a config of a few bytes could ask for any amount of memory.
+# No model is that wide; without a bound a config of a few bytes could require any amount of memory.
 _MOST_RANK = 2**16
 
 
 class NoAdapter(ValueError):
-    """A patch is no low-rank change of linear layers; the message gives the reason."""
+    """A patch is not a low-rank change of linear layers; the message gives the reason."""
 
 
 class Config(saved.Shape):
@@ -45,12 +45,12 @@ class Config(saved.Shape):
 
     peft_type: str
     r: int = Field(8, ge=1, le=_MOST_RANK)
-    # Not strict: peft writes whole numbers.
+    # The field is not strict, because peft writes whole numbers.
     lora_alpha: float = Field(8.0, strict=False)
     use_rslora: bool = False
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
-    # The rest must be absent, or have the value that means the plain method.
+    # The other fields must be absent, or have the value that means the plain method.
     use_dora: bool | None = None
     bias: str | None = "none"
     lora_bias: bool | None = None
@@ -80,7 +80,7 @@ class Config(saved.Shape):
         """Return the factor of B A in a module whose matrices have this rank."""
         alpha = self.lora_alpha
         for pattern, value in (self.alpha_pattern or {}).items():
-            # As peft does: the end of a path, after a dot or as a whole.
+            # The pattern matches the end of a path after a dot, or the whole path, as in peft.
             if expressions.whole(rf"(.*\.)?({pattern})", [module]):
                 alpha = value
                 break
@@ -89,12 +89,12 @@ class Config(saved.Shape):
 
 
 def read_config(directory: Path) -> Config:
-    """Read an adapter's config. Raises ValueError if it is damaged, or of a variant that is no low-rank change."""
+    """Read an adapter's config. Raises ValueError if it is damaged, or of a variant that is not a low-rank change."""
     config = saved.read(directory / CONFIG, Config)
     if (reason := config.unsupported) is not None:
         raise ValueError(
             f"{directory / CONFIG}: {reason} is more than a low-rank change of linear layers; merge the adapter into its model "
-            "with peft, and give that"
+            "with peft, and use the merged model"
         )
     if not (directory / TENSORS).is_file():
         raise ValueError(f"{directory} has no {TENSORS} (a .bin file is not read, since unpickling runs code): save it again")
@@ -105,7 +105,7 @@ def read(directory: Path, model: PreTrainedModel) -> WeightPatch:
     """Read an adapter as a patch of a model's weights.
 
     Raises:
-        ValueError: A file is damaged, the adapter is of a kind that is no sum, or it is for another model.
+        ValueError: A file is damaged, the adapter is of a kind that is not a sum, or it is for another model.
     """
     config = read_config(directory)
     files.check(directory / TENSORS)
@@ -118,17 +118,18 @@ def read(directory: Path, model: PreTrainedModel) -> WeightPatch:
         match = _KEY.fullmatch(name)
         if match is None:
             raise ValueError(
-                f"{directory / TENSORS}: tensor {name!r:.120} is no matrix of a low-rank adapter of a linear layer"
+                f"{directory / TENSORS}: tensor {name!r:.120} is not a matrix of a low-rank adapter of a linear layer"
             )
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{directory / TENSORS}: {name:.120} holds a value that is NaN or infinite")
-        # In float32: peft saves adapters in the dtype in which they trained, and B A is rounded once, in the weight.
+        # The matrices are converted to float32, because peft saves adapters in the dtype in which they trained and B A is
+        # rounded once, in the weight.
         sides.setdefault(match["module"], {})[match["side"]] = tensor.float()
     if not sides:
         raise ValueError(f"{directory / TENSORS} holds no tensor")
     factors = {name: _factors(directory, config, model, name, matrices) for name, matrices in sides.items()}
     rank = max(down.shape[0] for _, down in factors.values())
-    # A patch has one rank: smaller ones get columns of zeros.
+    # A patch has one rank, so smaller ones get columns of zeros.
     return WeightPatch.of_factors({f"{name}.weight": _padded(*pair, rank) for name, pair in factors.items()})
 
 
@@ -140,7 +141,7 @@ def _factors(
     try:
         module = model.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"{where} is no module of {type(model).__name__}: the adapter is for another model") from None
+        raise ValueError(f"{where} is not a module of {type(model).__name__}: the adapter is for another model") from None
     if not isinstance(module, torch.nn.Linear) and not models.stores_transposed(module):
         raise ValueError(f"{where} is a {type(module).__name__}; an adapter changes linear layers")
     if set(matrices) != {"A", "B"} or any(matrix.dim() != 2 for matrix in matrices.values()):
@@ -159,14 +160,14 @@ def _factors(
     # peft computes the scale from the rank of the config, and refuses tensors of another rank.
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     if rank not in ranks:
-        raise ValueError(f"{where} has rank {rank}; {CONFIG} says {', '.join(map(str, sorted(ranks)[:5]))}")
-    # alpha / r goes into one factor: a patch's strength 1 is then the adapter as peft applies it.
+        raise ValueError(f"{where} has rank {rank}; {CONFIG} has {', '.join(map(str, sorted(ranks)[:5]))}")
+    # alpha / r is multiplied into one factor, so that strength 1 of the patch is the adapter as peft applies it.
     up_MR = up_MR * config.scale(name, rank)
     return (down_RN.T, up_MR.T) if models.stores_transposed(module) else (up_MR, down_RN)
 
 
 def _padded(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    # Columns of zeros on one side meet rows of zeros on the other: the product is the same.
+    # Columns of zeros on one side meet rows of zeros on the other, so the product does not change.
     more = rank - down.shape[0]
     return torch.nn.functional.pad(up, (0, more)), torch.nn.functional.pad(down, (0, 0, 0, more))
 
@@ -182,7 +183,7 @@ def write(directory: Path, stack: Sequence[SavedPatch], strength: float, model: 
         base: Hub id or path of the model, for the config; None if it is not known.
 
     Raises:
-        NoAdapter: A patch is no low-rank change of linear layers.
+        NoAdapter: A patch is not a low-rank change of linear layers.
     """
     from peft import LoraConfig
 
@@ -191,7 +192,7 @@ def write(directory: Path, stack: Sequence[SavedPatch], strength: float, model: 
         for name, (up, down) in _low_rank(patch, model).items():
             up = up * (strength if number == len(stack) else 1.0)
             older = joined.get(name)
-            # A sum of two products is the product of the joined factors.
+            # The sum of two products is the product of the joined factors.
             joined[name] = (up, down) if older is None else (torch.cat([older[0], up], 1), torch.cat([older[1], down]))
     rank = max(down.shape[0] for _, down in joined.values())
     tensors: dict[str, Tensor] = {}
@@ -200,10 +201,10 @@ def write(directory: Path, stack: Sequence[SavedPatch], strength: float, model: 
         up, down = _padded(*pair, rank)
         transposed.add(models.stores_transposed(model.get_submodule(name)))
         up_MR, down_RN = (down.T, up.T) if models.stores_transposed(model.get_submodule(name)) else (up, down)
-        # peft's names: a `PeftModel` holds the `LoraModel` as `base_model`, and that one the model as `model`.
+        # The names are peft's: a `PeftModel` holds the `LoraModel` as `base_model`, which holds the model as `model`.
         prefix = f"base_model.model.{name}"
         tensors |= {f"{prefix}.lora_A.weight": down_RN.contiguous(), f"{prefix}.lora_B.weight": up_MR.contiguous()}
-    # alpha = r: the scale is in the matrices.
+    # alpha = r, because the scale is in the matrices.
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -215,7 +216,7 @@ def write(directory: Path, stack: Sequence[SavedPatch], strength: float, model: 
     )
     config.save_pretrained(str(directory))
     written = json.loads((directory / CONFIG).read_text())
-    # peft writes a set in another order each time.
+    # The names are sorted, because peft writes a set in another order each time.
     (directory / CONFIG).write_text(json.dumps({**written, "target_modules": sorted(joined)}, indent=2) + "\n")
     save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
 
@@ -223,7 +224,7 @@ def write(directory: Path, stack: Sequence[SavedPatch], strength: float, model: 
 def _low_rank(patch: SavedPatch, model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the factors (up, down) of a patch by the path of the linear layer."""
     if not isinstance(patch, WeightPatch):
-        raise NoAdapter(f"a patch of kind {patch.kind} changes no weights, and an adapter is a change of weights")
+        raise NoAdapter(f"a patch of kind {patch.kind} does not change weights, and an adapter is a change of weights")
     if not patch.rank:
         raise NoAdapter("the patch changes whole weights (its method trained no adapters): its differences have full rank")
     factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -232,6 +233,6 @@ def _low_rank(patch: SavedPatch, model: PreTrainedModel) -> dict[str, tuple[Tens
         if not isinstance(model.get_submodule(module), torch.nn.Linear) and not models.stores_transposed(
             model.get_submodule(module)
         ):
-            raise NoAdapter(f"{name} is no weight of a linear layer")
+            raise NoAdapter(f"{name} is not a weight of a linear layer")
         factors[module] = (up.detach().float().cpu(), down.detach().float().cpu())
     return factors

@@ -7,7 +7,7 @@ Tensors are called `direction.N`, of shape (D,), where N counts the model's deco
 
 - llama.cpp (common/common.cpp, `common_control_vector_load`) refuses `direction.0` and adds no vector to layer 0;
 - repeng (https://github.com/vgel/repeng, extract.py) and EasySteer (https://github.com/ZJU-REAL/EasySteer, algorithm `direct`)
-  number the layers in the same way, and take `direction.0` as well.
+  number the layers in the same way, and also accept `direction.0`.
 """
 
 from __future__ import annotations
@@ -62,24 +62,24 @@ def of_patch(patch: SavedPatch, model: PreTrainedModel, strength: float = 1.0) -
         strength: Factor of the vectors.
 
     Raises:
-        NotAdditive: The patch is no sum of such vectors.
+        NotAdditive: The patch is not a sum of such vectors.
     """
     if not isinstance(patch, ActivationPatch):
-        raise NotAdditive(f"a patch of kind {patch.kind} adds no vector to activations")
+        raise NotAdditive(f"a patch of kind {patch.kind} does not add a vector to activations")
     check_places(patch, model)
     numbers = {name: number for number, name in enumerate(models.layer_names(model))}
     vectors: dict[int, Tensor] = {}
     for name, layer in zip(patch.sizes, patch.layers(), strict=True):
         if not isinstance(layer, AffineLayer):
             raise NotAdditive(f"the map of {name} is of kind {layer.kind}, not a vector that is added")
-        # Exactly 1: a vector that is added has no scale at all, and a scale of nearly 1 still steers with the size of the
-        # activation.
+        # The scale has to be exactly 1, because an added vector has no scale, and a scale of nearly 1 still steers by the size
+        # of the activation.
         if not bool((layer.scale == 1).all()):
             num = int((layer.scale != 1).sum())
-            raise NotAdditive(f"the map of {name} scales {num} of {len(layer.scale)} neurons, which adding a vector cannot")
-        # Infinite bounds are those of a map without bounds in a patch where others have some.
+            raise NotAdditive(f"the map of {name} scales {num} of {len(layer.scale)} neurons, which an added vector cannot do")
+        # A map without bounds has infinite ones in a patch where others have bounds.
         if layer.low is not None and layer.high is not None and not bool((layer.low.isinf() & layer.high.isinf()).all()):
-            raise NotAdditive(f"the map of {name} acts within bounds alone, and a vector is added whatever the value is")
+            raise NotAdditive(f"the map of {name} acts only within bounds, and a vector is added to every value")
         vectors[numbers[name]] = strength * layer.shift.detach().float().cpu()
     return vectors
 
@@ -87,7 +87,7 @@ def of_patch(patch: SavedPatch, model: PreTrainedModel, strength: float = 1.0) -
 def check_places(patch: ActivationPatch, model: PreTrainedModel) -> None:
     """Raise NotAdditive unless a patch acts on the outputs of decoder layers, and on every token."""
     if not patch.selection.takes_all_tokens:
-        raise NotAdditive("the patch acts on some tokens alone (steer), and a control vector is added to every token")
+        raise NotAdditive("the patch acts only on some tokens (steer), and a control vector is added to every token")
     if patch.selection.side == "input":
         raise NotAdditive("the patch changes inputs of modules, and a control vector is added to outputs of decoder layers")
     layers = models.layer_names(model)
@@ -118,28 +118,28 @@ def read(path: Path) -> ControlVector:
     """Read a file.
 
     Raises:
-        ValueError: The file is damaged, is no control vector, or holds a value that is not finite.
+        ValueError: The file is damaged, is not a control vector, or holds a value that is not finite.
     """
     import gguf
 
     files.check(path, _LONGEST)
-    # The library trusts the sizes in the header, so they are compared with the file before.
+    # The library trusts the sizes in the header, so they are compared with the file first.
     gguf_header.read(path)
     with explained(f"the control vector {path}"):
         reader = gguf.GGUFReader(path)
     architecture = _text(reader.get_field(_ARCHITECTURE))
     if architecture != "controlvector":
-        raise ValueError(f"{path} is no control vector: its architecture is {architecture[:40]!r}, not 'controlvector'")
+        raise ValueError(f"{path} is not a control vector: its architecture is {architecture[:40]!r}, not 'controlvector'")
     vectors: dict[int, Tensor] = {}
     for tensor in reader.tensors:
         match = _NAME.fullmatch(tensor.name)
         if match is None:
-            raise ValueError(f"{path}: tensor {tensor.name!r:.60} is no direction.N with the number of a layer")
+            raise ValueError(f"{path}: tensor {tensor.name!r:.60} is not direction.N with the number of a layer")
         if len(tensor.shape) != 1 or tensor.tensor_type not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
             raise ValueError(
                 f"{path}: {tensor.name} is {tensor.tensor_type.name} of shape {tensor.shape.tolist()}, not a vector"
             )
-        # A copy, because the reader's arrays are pages of the file.
+        # The data are copied, because the reader's arrays are pages of the file.
         vectors[int(match[1])] = torch.from_numpy(np.array(tensor.data, dtype=np.float32))
         if not bool(vectors[int(match[1])].isfinite().all()):
             raise ValueError(f"{path}: {tensor.name} holds a value that is NaN or infinite")
@@ -176,9 +176,9 @@ def patch(vector: ControlVector, model: PreTrainedModel, where: str) -> Activati
     names = models.layer_names(model)
     check(vector, models.embedding_shape(model)[1], len(names), where)
     kind = models.text_config(model).model_type
-    # A warning: llama.cpp calls several types of transformers by one name.
+    # A difference gives only a warning, because llama.cpp calls several types of transformers by one name.
     if vector.model_hint and vector.model_hint not in (kind, model.config.model_type):
         warnings.warn(f"{where} was made for a model of type {vector.model_hint!r:.40}; this one is {kind!r}", stacklevel=2)
     maps = {names[number]: AffineMap.shift(direction) for number, direction in sorted(vector.vectors.items())}
-    # Escaped, since the dots of module paths would match any character.
+    # Module paths are escaped, because their dots would match any character.
     return ActivationPatch.from_maps(maps, Selection(modules="|".join(map(re.escape, maps))))

@@ -36,8 +36,8 @@ class AffineMap(NamedTuple):
 
     def __call__(self, z: Tensor, at: Tensor | None = None) -> Tensor:
         """Map values whose last axis has width D; bounds are compared with `at`, or with the values themselves."""
-        # Outside of the bounds the value itself and not the bound: the map knows nothing there, so it changes nothing.
-        # (..., D): both broadcast over rows and tokens.
+        # Outside the bounds the value stays, because nothing was fitted there. Scale and shift are (..., D) and broadcast over
+        # rows and tokens.
         mapped = self.scale_D * z + self.shift_D
         if self.low_D is None or self.high_D is None:
             return mapped
@@ -58,8 +58,8 @@ class AffineMap(NamedTuple):
         # AurA sets a perfect expert to 0.
         if not bool((self.scale_D != 0).all()):
             raise ValueError(f"{int((self.scale_D == 0).sum())} neurons have scale 0: what was erased cannot be brought back")
-        # y = w z + b, so z = y / w - b / w
-        # Scales are not clamped away from 0: a large inverse is visible in the output, and a clamped one would be another map.
+        # y = w z + b, so z = y / w - b / w. Scales are not clamped away from 0: a large inverse is visible in the output, while
+        # a clamped one would be another map.
         scale_D, shift_D = 1 / self.scale_D, -self.shift_D / self.scale_D
         if self.low_D is None or self.high_D is None:
             return AffineMap(scale_D, shift_D)
@@ -78,7 +78,7 @@ class AffineMap(NamedTuple):
                 f"an AffineMap and a {type(other).__name__} do not make one map: attach them as a stack of patches"
             )
         if self.low_D is not None or other.low_D is not None:
-            # Outside of one map's bounds the other still acts: one interval of the input cannot say both.
+            # Outside one map's bounds the other still acts, which one interval of the input cannot express.
             raise ValueError("maps with bounds do not make one affine map: attach them as a stack of patches")
         # w2 (w1 z + b1) + b2
         return AffineMap(other.scale_D * self.scale_D, other.scale_D * self.shift_D + other.shift_D)
@@ -101,16 +101,17 @@ class AffineLayer(MapLayer):
 
     def __init__(self, size: int, bounded: bool = False) -> None:
         super().__init__()
-        # w = 1 and b = 0: a training starts from the model itself.
+        # With w = 1 and b = 0 a training starts from the model itself.
         self.scale = nn.Parameter(torch.ones(size))
         self.shift = nn.Parameter(torch.zeros(size))
-        # Buffers, not parameters: the bounds are saved but not trained.
+        # The bounds are buffers instead of parameters, because they are saved but not trained.
         self.register_buffer("low", torch.full((size,), -torch.inf) if bounded else None)
         self.register_buffer("high", torch.full((size,), torch.inf) if bounded else None)
 
     def mapped(self, value: Tensor, at: Tensor | None = None) -> Tensor:
         """Return scale * value + shift, where `at` (the value itself, if None) lies within the bounds."""
-        # One kernel and one temporary less than `scale * value + shift`; maps run at every place of every token.
+        # `addcmul` needs one kernel and one temporary less than `scale * value + shift`; maps run at every place of every
+        # token.
         mapped = torch.addcmul(self.shift.float(), self.scale.float(), value)
         if self.low is not None and self.high is not None:
             at = value if at is None else at
@@ -129,12 +130,12 @@ class AffineLayer(MapLayer):
         Raises:
             ValueError: the map has bounds, or the shift has no bias to go to.
         """
-        # In weights a neuron has one slope, and no place for a condition.
+        # In weights a neuron has one slope, so that a condition cannot be expressed.
         if self.low is not None:
             raise ValueError("a map with bounds cannot be merged into weights")
         # s T(z) + (1 - s) z = (1 + s (w - 1)) z + s b
         w = 1 + strength * (self.scale.detach().double() - 1)
-        # In float64, and rounded once to the dtype of the weights.
+        # The factors are computed in float64, and rounded once to the dtype of the weights.
         models.fold_affine(model, name, w, strength * self.shift.detach().double())
 
     def merged(self, norm: nn.GroupNorm | nn.LayerNorm) -> tuple[Tensor, Tensor]:

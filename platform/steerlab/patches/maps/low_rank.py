@@ -35,7 +35,7 @@ class LowRankMap(NamedTuple):
 
     def __call__(self, z: Tensor, at: Tensor | None = None) -> Tensor:
         """Map values whose last axis has width D; there are no bounds to compare with `at`."""
-        # (..., D) @ (D, R) @ (R, D): never a D x D matrix.
+        # (..., D) @ (D, R) @ (R, D) avoids a D x D matrix.
         return z + (z @ self.down_RD.T + self.bias_R) @ self.up_DR.T
 
     def to(self, device: torch.device) -> LowRankMap:
@@ -48,13 +48,15 @@ class LowRankMap(NamedTuple):
         Raises:
             ValueError: the map removes a direction, so that it has no inverse.
         """
-        # An R x R matrix instead of D x D, in float64: near-singular cores would lose all digits in float32.
+        # The R x R matrix is inverted instead of D x D, in float64, because nearly singular cores would lose all digits in
+        # float32.
         up_DR, down_RD, bias_R = (part.double() for part in self)
         core_RR = torch.eye(len(bias_R), dtype=torch.float64, device=up_DR.device) + down_RD @ up_DR
         # Removing a direction has the core 1 - r . r = 0, up to the rounding of float32 factors.
         if float(torch.linalg.svdvals(core_RR).min()) < 1e-6:
             raise ValueError("the map erases a direction: what was erased cannot be brought back")
-        # y = z + U (V z + c) gives V y + c = (I + V U)(V z + c), so that z = y - U (I + V U)^-1 (V y + c): V and c stay.
+        # y = z + U (V z + c) gives V y + c = (I + V U)(V z + c), so that z = y - U (I + V U)^-1 (V y + c), with the same V and
+        # c.
         return LowRankMap((-up_DR @ torch.linalg.inv(core_RR)).float(), self.down_RD, self.bias_R)
 
     def then(self, other: object) -> LowRankMap:
@@ -67,9 +69,9 @@ class LowRankMap(NamedTuple):
             raise ValueError(
                 f"a LowRankMap and a {type(other).__name__} do not make one map: attach them as a stack of patches"
             )
-        # z + U1 a + U2 (V2 (z + U1 a) + c2) with a = V1 z + c1: the rows of V2 get V2 U1 V1 added, c2 gets V2 U1 c1.
-        # The factors are joined and not multiplied out: a D x D product would no longer be stored as one of low rank.
-        # V2 U1, (Q, R) with Q the rank of `other`.
+        # z + U1 a + U2 (V2 (z + U1 a) + c2) with a = V1 z + c1: the rows of V2 get V2 U1 V1 added, c2 gets V2 U1 c1. The
+        # factors are joined instead of multiplied out, because a D x D product would not be stored as low rank any more.
+        # `through_QR` is V2 U1, with Q the rank of `other`.
         through_QR = other.down_RD @ self.up_DR
         down_PD = torch.cat([self.down_RD, other.down_RD + through_QR @ self.down_RD])
         bias_P = torch.cat([self.bias_R, other.bias_R + through_QR @ self.bias_R])

@@ -1,4 +1,4 @@
-"""What every kind of map provides, as a plain value (`Map`) and as the layer that applies it with a strength (`MapLayer`)."""
+"""The interface of every kind of map: a plain value (`Map`)  and the layer that applies it with a strength (`MapLayer`)."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def mapped_pixels(mapping: Callable[..., Tensor], value: Tensor, pixels: Pixels)
         value: float32 values, (B, ..., D) with one or more axes of pixels.
         pixels: whether the mean over an image's pixels moves, or each pixel is mapped.
     """
-    # m, (B, 1, ..., D): one for each image and channel.
+    # m, (B, 1, ..., D), is one number for each image and channel.
     mean = value.mean(tuple(range(1, value.dim() - 1)), keepdim=True)
     if pixels == "mean":
-        # The same shift for every pixel, so that their spread stays.
+        # The shift is the same for every pixel, so that their spread does not change.
         return value + (mapping(mean) - mean)
-    # The bounds are quantiles of means: compared with single pixels, they would leave most of them out.
+    # The bounds are quantiles of means; most single pixels would be outside of them.
     return mapping(value, mean)
 
 
@@ -103,13 +103,14 @@ class MapLayer(nn.Module):
         Returns:
             The values, in the shape and dtype of `z`.
         """
-        # In float32: a bfloat16 model would round the small differences that a map makes.
+        # The map is computed in float32, because a bfloat16 model would round the small differences that it makes.
         value = z.float()
         mapped = self.mapped(value) if pixels is None else mapped_pixels(self.mapped, value, pixels)
         if strength is not None:
-            # Exact at strength 0 and at 1, bit for bit; value + strength * (mapped - value) is not at 1.
+            # The mixture is exact at strength 0 and at 1, bit for bit; value + strength * (mapped - value) is not exact at 1.
             mapped = strength * mapped + (1 - strength) * value
         if tokens_BT is not None:
-            # Selected, not multiplied: a NaN in a token that is not steered stays in that token.
+            # Tokens are selected instead of multiplied by a mask, so that a NaN in a token that is not steered stays in that
+            # token.
             mapped = torch.where(tokens_BT.unsqueeze(-1), mapped, value)
         return mapped.to(z.dtype)
