@@ -156,10 +156,10 @@ def test_the_rows_that_are_tried_are_those_that_the_job_reads(tmp_path: Path) ->
     source = {"source": str(tmp_path / "rows.json")}
     with pytest.warns(UserWarning, match="opens a stored answer"):
         run.check(Plan.of(job_of(model, tmp_path, rows, data={"train": {**source, "offset": 1, "limit": 20}})))
-    with pytest.raises(ValueError, match=r"data.train: .*rows.json, .* row 21: the chat template .*; skip_bad: true leaves"):
+    with pytest.raises(ValueError, match=r"data.train: .*rows.json, .* row 21: the chat template .*; skip_bad: true skips"):
         run.check(Plan.of(job_of(model, tmp_path, rows, data={"train": {**source, "offset": 1}})))
     with (
-        pytest.warns(UserWarning, match=r"data.train: of the first 22 rows, 2 are left out: the chat template"),
+        pytest.warns(UserWarning, match=r"data.train: of the first 22 rows, 2 are skipped: the chat template"),
         pytest.warns(UserWarning, match="opens a stored answer"),
     ):
         run.check(Plan.of(job_of(model, tmp_path, rows, data={"train": {**source, "skip_bad": True}})))
@@ -194,7 +194,7 @@ def test_rows_that_are_only_read_for_activations_are_not_held_against_the_length
 def test_a_bad_row_behind_those_that_were_tried_is_named_by_its_data_set(tmp_path: Path) -> None:
     rows = [*ROWS, THOUGHT]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=r"rows.json: row 3: the chat template .*; skip_bad: true leaves such rows out"):
+    with pytest.raises(ValueError, match=r"rows.json: row 3: the chat template .*; skip_bad: true skips such rows"):
         load_rows(DataSet(source=str(tmp_path / "rows.json")), Encoder(family("qwen3").tokenizer), 100)
 
 
