@@ -54,7 +54,7 @@ def against(sweep: Sweep, parameter: str) -> Figure | None:
         return None
     # A bool is an int in Python, but its axis has two categories.
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values if value is not None)
-    stands = standing(sweep)
+    class_of = standing(sweep)
     drawn = Drawing()
     for metric in sweep.metrics[:MAX_METRICS]:
         points = [(t.get(f"param.{parameter}"), m, t) for t in sweep.trials if (m := measured(t, metric)) is not None]
@@ -62,7 +62,7 @@ def against(sweep: Sweep, parameter: str) -> Figure | None:
         for number, (name, own) in enumerate(_by_setting(sweep, parameter, points)):
             _add_means(drawn, own, metric, numeric, name, number)
         for group, (name, colour, symbol, size) in enumerate(_GROUPS):
-            own = [point for point in points if stands(point[2]) == group]
+            own = [point for point in points if class_of(point[2]) == group]
             drawn.add_scatter(
                 x=[x for x, _, _ in own], y=[m["value"] for _, m, _ in own], mode="markers", name=name, meta={"metric": metric},
                 marker={"color": colour, "symbol": symbol, "size": size}, error_y=bars([m for _, m, _ in own], colour),
@@ -135,12 +135,12 @@ def parallel(sweep: Sweep) -> Figure | None:
     axes = [_scaled(name, [row.get(f"param.{name}") for row in rows]) for name in varied]
     axes += [_scaled(name, [row[f"metric.{name}"] for row in rows], most_ticks=2) for name in shown]
     drawn = Drawing()
-    stands = standing(sweep)
+    class_of = standing(sweep)
     for shade, group in enumerate(_shades(len(rows))):
         ends = [rows[group[i]][f"metric.{sweep.metric}"] for i in (0, -1)]
         name = f"{min(ends):.3g} to {max(ends):.3g}" if len(group) > 1 else f"{ends[0]:.3g}"
-        _add_lines(drawn, axes, [i for i in group if stands(rows[i]) < 2], rows, name, f"@s{shade}", 1.3)
-    _add_lines(drawn, axes, [i for i in range(len(rows)) if stands(rows[i]) == 2], rows, "best", "@1", 3)
+        _add_lines(drawn, axes, [i for i in group if class_of(rows[i]) < 2], rows, name, f"@s{shade}", 1.3)
+    _add_lines(drawn, axes, [i for i in range(len(rows)) if class_of(rows[i]) == 2], rows, "best", "@1", 3)
     notes = [note for number, axis in enumerate(axes) for note in _ticks(number, axis)]
     # Plotly's own parallel coordinates (parcoords) show neither names on hover nor markers, so the axes are drawn here.
     spine = {"type": "line", "y0": 0, "y1": 1, "layer": "below", "line": {"color": "@line", "width": 1.5}}
@@ -224,7 +224,7 @@ def pareto(sweep: Sweep) -> Figure | None:
     first = [*(sweep.summary.get("prices") or ()), rule.get("metric"), *bounds]
     others = [name for name in sweep.metrics if name != sweep.metric]
     costs = sorted(others, key=lambda name: first.index(name) if name in first else len(first))
-    stands = standing(sweep)
+    class_of = standing(sweep)
     drawn = Drawing()
     usable = []
     for cost in costs[:MAX_METRICS]:
@@ -242,7 +242,7 @@ def pareto(sweep: Sweep) -> Figure | None:
                 meta={"metric": cost},
             )  # fmt: skip
         for group, (name, colour, symbol, size) in enumerate(_GROUPS):
-            own = [row for row in rows if stands(row[2]) == group]
+            own = [row for row in rows if class_of(row[2]) == group]
             drawn.add_scatter(
                 x=[c["value"] for c, _, _ in own], y=[e["value"] for _, e, _ in own], mode="markers", meta={"metric": cost},
                 name="chosen" if group == 2 else name, marker={"color": colour, "symbol": symbol, "size": size},

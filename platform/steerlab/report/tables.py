@@ -142,12 +142,12 @@ def _split(text: str, best: bool, key: float | None) -> Cell:
 
 def trials(sweep: Sweep) -> tuple[list[str], list[Cells]]:
     """Return the header and the lines of the table of trials: the best first, trials without a value last."""
-    stands = standing(sweep)
+    class_of = standing(sweep)
     shown = sweep.metrics[:6]
     seeded = len({trial.get("seed") for trial in sweep.trials}) > 1
     header = ["trial", *(["seed"] if seeded else []), *sweep.parameters, *shown, "ran, s", "state"]
     # The chosen trial comes first: with bounds or prices it need not have the best value.
-    ranked = sorted(sweep.finished, key=lambda trial: stands(trial) != 2)
+    ranked = sorted(sweep.finished, key=lambda trial: class_of(trial) != 2)
     # Trials that failed, were stopped or are still running have no value, but belong in the table.
     ranked += [trial for trial in sweep.trials if trial not in ranked]
     # The best value of each column is marked, beside the star of the chosen trial, which need not be the best in each.
@@ -157,8 +157,8 @@ def trials(sweep: Sweep) -> tuple[list[str], list[Cells]]:
     body = []
     for trial in ranked:
         # A star for the best trial, an approximately-equal sign for those that cannot be distinguished from it.
-        mark = ("", "\u2248", "\u2605")[stands(trial)]
-        line: Cells = [{**_plain(f"{mark} {trial['trial_id']}".strip()), "best": stands(trial) == 2}]
+        mark = ("", "\u2248", "\u2605")[class_of(trial)]
+        line: Cells = [{**_plain(f"{mark} {trial['trial_id']}".strip()), "best": class_of(trial) == 2}]
         if seeded:
             line.append(_plain(trial.get("seed")))
         line += [_parameter(name, trial.get(f"param.{name}")) for name in sweep.parameters]

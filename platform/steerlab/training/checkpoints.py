@@ -220,7 +220,7 @@ def check_module(weights: object, own: Mapping[str, Tensor], trained: Sequence[s
         raise ValueError(f"{path} has no weights (module)")
     missing = [name for name in trained if name not in weights]
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} trained weights, the first is {missing[0]}")
+        raise ValueError(f"{path} lacks {len(missing)} of the trained weights, the first is {missing[0]}")
     for name, value in weights.items():
         if name not in own:
             raise ValueError(f"{path}: the training has no weight {name!r:.100}")
