@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_left_out_with_a_line(
     folder.filled(None, None, None)
     damage(folder.of(3) / file, random.Random(file))
     assert step_of(folder.opened().start()) == 2
-    assert len(folder.lines) == 1 and folder.lines[0].startswith("the checkpoint of step 3 is left out: ")
+    assert len(folder.lines) == 1 and folder.lines[0].startswith("the checkpoint of step 3 is skipped: ")
     assert folder.steps == [2], "the damaged one is removed"
     damage(folder.of(2) / file, random.Random(file))
     assert folder.opened().start() is None and len(folder.lines) == 1
@@ -138,7 +138,7 @@ def test_a_training_that_ends_with_the_best_goes_back_before_it_if_it_is_damaged
     flip(folder.of(2) / MODEL, random.Random(0))
     assert folder.opened(needs_best=True).start() is None
     assert [line.partition(":")[0] for line in folder.lines] == [
-        "the checkpoint of step 3 is left out", "the checkpoint of step 2 is left out",
+        "the checkpoint of step 3 is skipped", "the checkpoint of step 2 is skipped",
     ]  # fmt: skip
     assert not folder.steps
 

@@ -59,8 +59,8 @@ EVIL = {"model.source": "/evil", "model.trust_remote_code": True}
     ("line", "message"),
     [
         (suggestion(1, EVIL), "unit 1 does not belong to this job, space and seeds"),
-        (suggestion(9, {"train.lr": 1e-3}), "unit 9 is none of this job"),
-        (suggestion(1, {"train.lr": 1e-3}, seeds=[7]), "unit 1 is none of this job"),
+        (suggestion(9, {"train.lr": 1e-3}), "unit 9 does not belong to this job"),
+        (suggestion(1, {"train.lr": 1e-3}, seeds=[7]), "unit 1 does not belong to this job"),
         (suggestion(1, {"train.lr": 1e-3}, "x/../../../y"), r"line 2 is damaged: trials\.0\.trial_id"),
         (suggestion(1, {"train.lr": 1e-3}, "aaaaaaaa"), "aaaaaaaa is not the name of the trial"),
         (suggestion(-1, {"train.lr": 1e-3}), "line 2 is damaged: number"),
@@ -68,7 +68,7 @@ EVIL = {"model.source": "/evil", "model.trust_remote_code": True}
         (suggestion(1, {"train.lr": 1e-3}, trials=[]), "line 2 is damaged: trials"),
         ([1], "line 2 is damaged"),
         ({"event": 3}, "line 2 is damaged: event"),
-        ({"event": "finish", "unit": 3, "rows": []}, "nobody suggested unit 3"),
+        ({"event": "finish", "unit": 3, "rows": []}, "unit 3 was never suggested"),
         ({"event": "finish", "unit": "a"}, "line 2 is damaged: unit"),
     ],
 )

@@ -203,7 +203,7 @@ def test_pairs_of_equal_answers_are_said(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "chosen": "red", "rejected": "blue"}, {"prompt": "a", "chosen": "fine", "rejected": "crude"}]
     data = {"preference": {"source": str(tmp_path / "rows.json"), "format": "preference"}}
     wanted = job_of(Path("tiny:model"), tmp_path, rows, data=data, method={"name": "dpo"})
-    with pytest.warns(UserWarning, match="data.preference: of the first 2 rows, 1 are left out: the answers of a pair are the"):
+    with pytest.warns(UserWarning, match="data.preference: of the first 2 rows, 1 are skipped: the answers of a pair are the"):
         run.check(Plan.of(wanted))
 
 
