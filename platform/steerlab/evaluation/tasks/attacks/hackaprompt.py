@@ -3,8 +3,8 @@
 Schulhoff, Pinto, Khan and others, "Ignore This Title and HackAPrompt: Exposing Systemic Vulnerabilities of LLMs through a
 Global Scale Prompt Hacking Competition", arXiv 2311.16119. ASIDE (arXiv 2503.10566) runs 100 rows. `source` has the published
 fields prompt, user_input, expected_completion, level, correct and error. The text of `prompt` before `user_input` is the
-instruction, `user_input` the data; text after it closes the instruction. A row whose prompt lacks its literal input
-cannot be divided, and is counted as unparsable.
+instruction, `user_input` the data; text after it closes the instruction. A row whose prompt does not contain its input
+literally cannot be divided, and is counted as unparsable.
 
     hackaprompt/asr       share of submissions after which the model prints the text      lower is better
     hackaprompt/level_*   the same for each level of the competition

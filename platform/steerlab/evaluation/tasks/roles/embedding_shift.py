@@ -10,7 +10,7 @@ the special ones. E_i and E_d are the instruction and the data form of a token, 
     embedding_shift/rank_instruction        effective rank of the matrix of all E_i, and rank_data of all E_d
     embedding_shift/base_cosine_instruction cos(E_0, E_i), and base_cosine_data: cos(E_0, E_d); only with `base`
     embedding_shift/base_distance           |E_i - E_0| / |E_0|, how far the training moved a token
-    embedding_shift/base_rank               effective rank of the matrix of all E_i - E_0, its number of directions
+    embedding_shift/base_rank               effective rank of the matrix of all E_i - E_0: directions of the change
 
 The effective rank is exp(H(p)) of the singular values as shares of their sum, p_k = s_k / sum s (Roy and Vetterli, EUSIPCO
 2007): 1 if all rows are multiples of one vector, D if all directions have equal weight.
