@@ -111,7 +111,7 @@ def nan(root: Path, zero_stage: int) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in load_file(weights).values())
     # A later epoch meets the row again: no more than so many steps are left out.
     longer = Training(root, **{**settings, "steps": 14}, skip_steps=2)
-    with pytest.raises(FloatingPointError, match=r"2 steps were left out before \(train\.skip_steps\)"):
+    with pytest.raises(FloatingPointError, match=r"2 steps were skipped before \(train\.skip_steps\)"):
         longer.run("longer")
 
 

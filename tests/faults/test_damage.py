@@ -159,7 +159,7 @@ def test_the_parts_of_a_stage_that_was_killed(damage: Damage, number: int, chanc
         assert again.plan in (None, entries)
     if any(row is None for row in left.values()) or again.plan is None:
         (tmp_path / "out").mkdir()
-        with pytest.raises(ValueError, match=r"damaged or missing; run the same command again, and it is made again"):
+        with pytest.raises(ValueError, match=r"damaged or missing; run the same command again to recompute it"):
             again.copy_parts(tmp_path / "out")
 
 

@@ -30,7 +30,7 @@ def damaged(root: Path, seed: str, rounds: int) -> None:
             assert training.run(place) == whole, (place, victim)
             # An older one is not looked at, unless it is the best.
             assert training.lines or newest not in victim.parts, (place, victim)
-            assert all("is left out: " in line and "\n" not in line for line in training.lines)
+            assert all("is skipped: " in line and "\n" not in line for line in training.lines)
             assert training.steps == list(range(1, STEPS + 1)), "each step is told once more, or for the first time"
             shutil.rmtree(root / place)
     # Somebody removes them, some or all: the training goes on from what is left, or begins anew.

@@ -156,7 +156,7 @@ def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / f"steerlab-ray-{os.getuid()}").symlink_to(tmp_path / "theirs")
     program = "from steerlab.run import connect; connect()"
     done = tried(without_ray(), program, TMPDIR=str(tmp_path))
-    assert done.returncode != 0 and "belongs to somebody else" in done.stderr
+    assert done.returncode != 0 and "belongs to another user" in done.stderr
     (tmp_path / "link").symlink_to(tmp_path / "theirs")
     own = {
         "STEERLAB_CLUSTER_DIR": str(tmp_path / "state"),
@@ -165,4 +165,4 @@ def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path) -> None:
     }
     script = ["bash", str(REPOSITORY / "cluster/local.sh"), "start"]
     started = subprocess.run(script, env=without_ray() | own, capture_output=True, text=True, timeout=60)
-    assert started.returncode != 0 and "belongs to somebody else" in started.stderr
+    assert started.returncode != 0 and "belongs to another user" in started.stderr

@@ -185,7 +185,7 @@ def test_the_command_line_writes_the_page_and_shows_strengths(cluster: None, sto
     found = logits[0, :-1].gather(-1, torch.tensor(row.input_ids[1:])[:, None])[:, 0]
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
     missing = runner.invoke(cli.app, ["report", f"{store.root}/runs/lineas/absent"])
-    assert missing.exit_code == 2 and "no finished run folder" in missing.output
+    assert missing.exit_code == 2 and "not a finished run folder" in missing.output
 
 
 def test_python_fits_the_very_bits_of_the_jobs(cluster: None, store: Store, tmp_path: Path) -> None:

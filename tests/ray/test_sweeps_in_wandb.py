@@ -113,7 +113,7 @@ def test_a_sweep_whose_values_wandb_chooses(server: standin.Standin, tmp_path: P
         ("ended", chosen(0.4, 100_000, warm=False)),
         ("last", chosen(0.5)),
     ]
-    with pytest.warns(UserWarning, match="W&B asks for .* again, which is not run twice"):
+    with pytest.warns(UserWarning, match="W&B suggests .* again; this point is not run twice"):
         done = driver.sweep(asked, store, resume=False, command="test", wandb_sweep="me/tests/sweep9")
     rows = {row["param.method.angle_rad"]: row for row in report.read_sweep(store, done.folder).trials}
     statuses = {angle: row["status"] for angle, row in rows.items()}
@@ -138,7 +138,7 @@ def test_a_sweep_whose_values_wandb_chooses(server: standin.Standin, tmp_path: P
     ("track", "config", "message"),
     [
         ({"project": "tests", "mode": "offline"}, {}, "needs track.wandb with mode: online"),
-        ({"project": "other", "mode": "online"}, {}, "track.wandb.project is other, and the sweep me/tests/s lies in another"),
+        ({"project": "other", "mode": "online"}, {}, "track.wandb.project is other, but the sweep me/tests/s is in another"),
         ({"project": "tests"}, {"parameters": {"train.lr": {"min": 0, "max": 1}}}, "W&B's sweep varies train.lr, which .* not"),
     ],
 )

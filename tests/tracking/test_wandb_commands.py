@@ -126,7 +126,7 @@ def test_a_run_that_had_no_key_says_what_sends_it(
     with monkeypatch.context() as without:
         without.delenv("WANDB_API_KEY")
         without.setenv("NETRC", str(tmp_path / "none"))
-        with pytest.warns(UserWarning, match="written offline; once there is a key, `steerlab wandb-send RUN` sends it"):
+        with pytest.warns(UserWarning, match="written offline; with a key, `steerlab wandb-send RUN` sends it"):
             tracked(tmp_path / "run", "online")
         refused = call("wandb-send", tmp_path / "run", code=2)
         assert "no W&B API key" in refused.stderr and not server.runs

@@ -119,7 +119,7 @@ def test_a_run_with_all_that_belongs_to_it(server: standin.Standin, tmp_path: Pa
     assert json.loads(server.artifacts["fit-" + "a" * 16]["metadata"])["inputs"] == ["extract-" + "b" * 16]
     assert [used["artifact"] for used in server.used] == ["extract-" + "b" * 16, "evaluate-" + "c" * 16]
     assert server.stats["run-1"] >= 1, "system metrics"
-    assert not server.unknown and "left out" not in (tmp_path / "wandb" / "writer.log").read_text()
+    assert not server.unknown and "skipped" not in (tmp_path / "wandb" / "writer.log").read_text()
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_left_out_with_a_line(
     folder.filled(None, None, None)
     damage(folder.of(3) / file, random.Random(file))
     assert step_of(folder.opened().start()) == 2
-    assert len(folder.lines) == 1 and folder.lines[0].startswith("the checkpoint of step 3 is left out: ")
+    assert len(folder.lines) == 1 and folder.lines[0].startswith("the checkpoint of step 3 is skipped: ")
     assert folder.steps == [2], "the damaged one is removed"
     damage(folder.of(2) / file, random.Random(file))
     assert folder.opened().start() is None and len(folder.lines) == 1
@@ -138,7 +138,7 @@ def test_a_training_that_ends_with_the_best_goes_back_before_it_if_it_is_damaged
     flip(folder.of(2) / MODEL, random.Random(0))
     assert folder.opened(needs_best=True).start() is None
     assert [line.partition(":")[0] for line in folder.lines] == [
-        "the checkpoint of step 3 is left out", "the checkpoint of step 2 is left out",
+        "the checkpoint of step 3 is skipped", "the checkpoint of step 2 is skipped",
     ]  # fmt: skip
     assert not folder.steps
 
@@ -149,7 +149,7 @@ def test_the_best_that_was_damaged_meanwhile_is_refused(folder: Folder) -> None:
     assert step_of(opened.start()) == 3
     if opened._is_local:
         flip(folder.of(2) / MODEL, random.Random(0))
-        with pytest.raises(ValueError, match=r"the best checkpoint, of step 2, is not whole: .*another content.*run the same"):
+        with pytest.raises(ValueError, match=r"the best checkpoint, of step 2, is damaged: .*has changed.*run the same"):
             opened.best()
     else:  # it was compared when it was copied to this node
         assert step_of(opened.best()) == 2
@@ -162,7 +162,7 @@ def test_files_of_two_attempts_are_no_checkpoint(folder: Folder) -> None:
     for rank, attempt in ((0, record["attempt"]), (1, "another")):
         changed = {**record, "world_size": 2, "attempt": attempt, "files": record["files"] if rank == 0 else {}}
         (folder.of(2) / f"rank{rank}.json").write_text(json.dumps({**changed, "xxh3": json_sum(changed)}))
-    assert step_of(folder.opened().start()) == 1 and "holds files of two attempts" in folder.lines[0]
+    assert step_of(folder.opened().start()) == 1 and "has files of two attempts" in folder.lines[0]
 
 
 def test_a_kill_before_the_record_leaves_no_checkpoint(folder: Folder) -> None:
@@ -175,7 +175,7 @@ def test_a_file_that_nobody_recorded_is_not_loaded(folder: Folder) -> None:
     """DeepSpeed loads every file whose name fits."""
     folder.filled(None, None)
     (folder.of(2) / "state" / "zero_pp_rank_7_mp_rank_00_optim_states.pt").write_bytes(b"x")
-    assert step_of(folder.opened().start()) == 1 and "is named by no record" in folder.lines[0]
+    assert step_of(folder.opened().start()) == 1 and "is not in any record" in folder.lines[0]
 
 
 FORGED: list[Any] = [

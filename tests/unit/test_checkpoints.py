@@ -237,7 +237,7 @@ def test_a_module_without_a_value_for_each_token_is_named_before_the_start(
 ) -> None:
     """Gemma 3n's layers hold four streams before the rows; a router's experts see some of the tokens, in another order."""
     zoo.write(name, tmp_path, tiny_dir)
-    with pytest.raises(ValueError, match=r"has the axes \(.*\) where 3 rows of 11 tokens are read: none for each token"):
+    with pytest.raises(ValueError, match=r"has the axes \(.*\) for 3 rows of 11 tokens: it has no vector for each token"):
         check(Plan.of(job(tmp_path, modules)))
     check(Plan.of(job(tmp_path, r".*post_attention_layernorm")))
 

@@ -90,7 +90,7 @@ def test_the_table_says_runs_methods_and_strengths(store: Store) -> None:
     ("spoil", "message"),
     [
         (lambda store, run: store.write_json(f"{run}/space.json", {}), "is a sweep, but only runs can be compared"),
-        (lambda store, run: _remove(store, f"{run}/job.yaml"), r"is no run folder \(ROOT/runs/NAME/ID\)"),
+        (lambda store, run: _remove(store, f"{run}/job.yaml"), r"is not a run folder \(ROOT/runs/NAME/ID\)"),
         (lambda store, run: _remove(store, f"{run}/summary.json"), "did not finish: it is still running, or was killed"),
         (lambda store, run: _failed(store, run), "did not finish: RayTaskError: out of memory"),
         (
@@ -196,7 +196,7 @@ def test_a_bound_that_no_strength_moves_is_said(tmp_path: Path, moved: float, li
     params = {"labels": ["t"], "metric": "t/share", "mode": "min", "within": {"metric": "t/ppl", "rise": 1.0}}
     work: Any = SimpleNamespace(params=params, inputs=inputs, directory=tmp_path)
     if lines:
-        with pytest.warns(UserWarning, match="choose: t/ppl is the same at every strength, so the bound on it binds nothing"):
+        with pytest.warns(UserWarning, match="choose: t/ppl is the same at every strength, so the bound on it has no effect"):
             choose_run(work)
     else:
         choose_run(work)

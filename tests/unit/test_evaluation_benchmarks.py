@@ -170,7 +170,7 @@ def test_braces_of_an_instruction_or_of_a_row_are_left_alone(benchmark, tmp_path
 
 
 def test_bipia_says_what_is_missing(benchmark):
-    with pytest.raises(ValueError, match=r"qa/test\.jsonl is not there, which the benchmark's own scripts build"):
+    with pytest.raises(ValueError, match=r"qa/test\.jsonl is missing, which the benchmark's own scripts build"):
         bipia.load(bipia.Config(source=str(benchmark)))
 
 

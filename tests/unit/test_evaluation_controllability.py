@@ -172,7 +172,9 @@ def test_one_strength_has_no_trend() -> None:
 def test_a_metric_that_the_task_does_not_have() -> None:
     task = over({"dial": dial([]), "other": Task(Other, lambda _m, _c: Result([], []), lambda _c: ())})
     config = task.Config.model_validate({"of": {"task": "dial"}, "metric": "dial/upp"})
-    with pytest.raises(ValueError, match=r"dial has no metric dial/upp; did you mean dial/up\?; it has dial/up, dial/other"):
+    with pytest.raises(
+        ValueError, match=r"dial has no metric dial/upp; did you mean dial/up\?; its metrics are dial/up, dial/other"
+    ):
         task.run(None, config)  # type: ignore[arg-type]
 
 

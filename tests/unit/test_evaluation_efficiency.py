@@ -300,7 +300,7 @@ def test_a_model_without_a_patch_stands_beside_itself(tiny_model: PreTrainedMode
 def test_what_cannot_be_measured_is_refused(steered: SteeredModel) -> None:
     with pytest.raises(ValueError, match="prompt_tokens 200 and new_tokens 57 are more than the model's context holds: 256"):
         efficiency.run(steered, config(prompt_tokens=200, new_tokens=57))
-    with pytest.raises(ValidationError, match="there are no rows here; set batch_sizes and repeats"):
+    with pytest.raises(ValidationError, match="this task has no rows; set batch_sizes and repeats"):
         config(limit=3)
     with pytest.raises(ValidationError, match="batch_sizes"):
         config(batch_sizes=())

@@ -115,7 +115,7 @@ def test_the_harness_s_numbers_become_observations_where_they_are_means():
         "b": {"acc,none": 1.0, "ppl,none": math.exp(8 / 6), "f1,none": 0.7},
     }
     samples["b"][-1]["f1"] = "x"
-    with pytest.warns(UserWarning, match="lm_eval/f1 of b is no mean over documents"):
+    with pytest.warns(UserWarning, match="lm_eval/f1 of b is not a mean over documents"):
         better = {"a": {"acc": True}, "b": {"acc": True, "ppl": False}}
         observations, measured = harness.observe(samples, reported, 0.5, {("b", 0): "cut", ("a", 1): TOO_LONG}, better)
     assert {name: (measure.transform, measure.better) for name, measure in measured.items()} == {

@@ -103,7 +103,7 @@ def test_concept_keeps_images_a_sheet_and_an_animation(steered: SteeredPipeline)
     assert np.asarray(Image.open(io.BytesIO(found.files["0.000_0.000/0.png"]))).shape == (8, 8)
     with Image.open(io.BytesIO(found.files["strengths_0.000.gif"])) as gif:
         assert gif.n_frames == 2  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="knows no style 'fat', but , bold, thin"):
+    with pytest.raises(ValueError, match="does not know style 'fat', only , bold, thin"):
         image_concept.run(steered, config.model_copy(update={"concept": "fat"}))
 
 

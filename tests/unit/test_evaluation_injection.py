@@ -231,7 +231,7 @@ def test_base64_hides_the_request_and_can_be_decoded():
 def test_a_translation_has_to_ask_for_the_witness():
     config = injection.Config(attacks=("translated",))
     assert attacked("translated", config=config).removeprefix("b a ") in forging.TRANSLATIONS
-    with pytest.raises(ValidationError, match="does not hold the witness 'moo'"):
+    with pytest.raises(ValidationError, match="does not contain the witness 'moo'"):
         injection.Config(attacks=("translated",), witness="moo")
     own = injection.Config(attacks=("translated",), witness="moo", translations=("dis moo",))
     assert attacked("translated", config=own) == "b a dis moo"

@@ -91,7 +91,7 @@ def test_injection_leaves_out_rows_that_hold_the_word(plain, tmp_path):
     metrics = summarise_all(injection.run(plain, config))[1.0]
     assert set(metrics) == {f"injection/{name}" for name in ("none", "naive", "asr", *LEGIBLE)}
     assert metrics["injection/asr"].n == 1
-    with pytest.raises(ValueError, match=r"every row .* holds the word 'copy'"):
+    with pytest.raises(ValueError, match=r"every row .* contains the word 'copy'"):
         injection.run(plain, config.model_copy(update={"witness": "copy"}))
 
 

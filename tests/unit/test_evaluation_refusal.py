@@ -62,9 +62,7 @@ def test_a_refusal_may_have_to_be_short(plain):
         found = refusal.run(plain, config(shorter_than=limit))
         judge = refusal.short(refusal.holds_a_keyword(refusal.KEYWORDS, "prefix"), lambda text: words, limit)
         assert judge([tiny_words.REFUSAL]) == [refused] and found.observations
-    with pytest.raises(
-        ValueError, match=r"shorter_than 5: counts tokens of the model's tokenizer, which a file of texts does not"
-    ):
+    with pytest.raises(ValueError, match=r"shorter_than 5: it counts tokens of a tokenizer, which a file of texts does not"):
         refusal.scorer(config(shorter_than=5), "cpu")
     assert not {"shorter_than", "temperature", "top_p"} & config().model_dump().keys()
 

@@ -113,7 +113,7 @@ def test_the_authors_split_is_a_list_of_task_ids(tmp_path):
     assert [i.id for i in val] == ["3", "5", "29"] and len(test) == 27 and "5" not in {i.id for i in test}
     with pytest.raises(ValueError, match=r"no row has the info\.appended_task_id 300 \(2 ids are missing\)"):
         separation.load(source, split="val", val_task_ids=(3, 300, 301))
-    with pytest.raises(ValueError, match="val_task_ids: they are of no use with split all"):
+    with pytest.raises(ValueError, match="val_task_ids has no effect with split all"):
         separation.Config(val_task_ids=(3,))
 
 

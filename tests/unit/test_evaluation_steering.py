@@ -283,7 +283,7 @@ def test_a_judge_without_the_words_is_refused(tiny_dir):
 
 
 def test_concept_config_refuses_what_would_score_nothing_or_twice():
-    with pytest.raises(ValidationError, match="nothing would be scored"):
+    with pytest.raises(ValidationError, match="no scorer is set"):
         concept.Config(concept="cows", embedding_source=None)
     with pytest.raises(ValidationError, match="choose one of them"):
         concept.Config(concept="cows", judge_source="j", classifier_source="c", classifier_label="x")

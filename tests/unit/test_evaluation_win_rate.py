@@ -206,7 +206,7 @@ def test_a_reward_model_reads_the_prompt_with_its_answer(
 
 def test_a_classifier_with_classes_is_no_reward_model(words_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     save_reward_model(tmp_path, words_tokenizer, num_labels=2)
-    with pytest.raises(ValueError, match="is no reward model: it has the classes LABEL_0, LABEL_1, not one"):
+    with pytest.raises(ValueError, match="is not a reward model: it has the classes LABEL_0, LABEL_1 instead of one"):
         answer_rewards.reward_model(str(tmp_path))
 
 
@@ -346,7 +346,7 @@ def test_the_best_of_several_answers_is_the_one_that_the_reward_ranks_first(
 
 def test_the_implicit_judge_may_be_two_models(steered: SteeredModel, exported: str, tiny_dir: Path) -> None:
     plain = str(Path(exported) / "model")
-    with pytest.raises(ValueError, match="carries no patch to take off: set implicit_base_source"):
+    with pytest.raises(ValueError, match="has no patch to remove: set implicit_base_source"):
         win_rate.run(steered, config(implicit_source=plain))
     alone = win_rate.run(steered, config(implicit_source=exported, limit=10))
     apart = win_rate.run(steered, config(implicit_source=exported, implicit_base_source=plain, limit=10))
@@ -368,17 +368,17 @@ def test_a_reward_model_and_a_language_model_are_told_apart(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "one judge decides: set one of implicit_source, judge_source and api"),
-        ({"implicit_source": "a", "judge_source": "b"}, "one judge decides"),
-        ({"judge_source": "a", "implicit_base_source": "b"}, "the base of implicit_source, which is missing"),
+        ({}, "exactly one judge is needed: set one of implicit_source, judge_source and api"),
+        ({"implicit_source": "a", "judge_source": "b"}, "exactly one judge is needed"),
+        ({"judge_source": "a", "implicit_base_source": "b"}, "needs implicit_source, which is missing"),
         ({"judge_source": "a", "question": "{prompt}: {first}?"}, r"question lacks \{second\}"),
         ({"implicit_source": "a", "both_orders": False}, "are for a language model: set judge_source"),
         (
             {"judge_source": "a", "against": "reference", "prompts": {"source": "tiny:topics/test", "format": "text"}},
             "against reference needs answers: set prompts.format to instruction or preference",
         ),
-        ({"judge_source": "a", "best_of": 4}, "best_of more than one needs best_by_source"),
-        ({"judge_source": "a", "best_of": 4, "best_by_source": "b"}, "best_of draws answers: set a temperature"),
+        ({"judge_source": "a", "best_of": 4}, "best_of above 1 and best_by_source"),
+        ({"judge_source": "a", "best_of": 4, "best_by_source": "b"}, "best_of samples answers: set a temperature"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(fields: dict[str, object], message: str) -> None:

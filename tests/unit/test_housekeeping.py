@@ -176,7 +176,9 @@ def test_nothing_goes_while_a_run_does_not_say_what_it_needs(content: str | None
     store.write_text("runs/job/x/job.yaml", "name: job")
     if content is not None:
         store.write_text("runs/job/x/plan.json", content)
-    with pytest.raises(ValueError, match=r"runs/job/x does not say which artifacts it needs: .*; remove the folder") as said:
+    with pytest.raises(
+        ValueError, match=r"runs/job/x does not say which artifacts it needs: .*; if you no longer need this folder"
+    ) as said:
         cleaning.leftovers(store)
     assert "\n" not in str(said.value)
     assert [entry.status for entry in inventory.take(store).entries] == ["unfinished" if content is None else "damaged"]

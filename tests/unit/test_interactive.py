@@ -78,7 +78,7 @@ def test_several_strengths_and_samples_are_rows_of_one_table(model: sl.Model, sh
     assert frame["prompt"].tolist() == [*["the cow"] * 2, *["a ship"] * 2] * 2 and frame["sample"].tolist() == [0, 1] * 4
     alone_ = model.generate(["the cow", "a ship"], temperature=1.0, max_new_tokens=3)
     assert texts.at(0)[::2] == list(alone_), "the first sample is the one that a prompt gets alone, without the patch"
-    with pytest.raises(ValueError, match=r"no texts at strength 0\.5: there are 0, 1"):
+    with pytest.raises(ValueError, match=r"no texts at strength 0\.5; the strengths are 0, 1"):
         texts.at(0.5)
 
 
@@ -177,7 +177,7 @@ def test_preparations_and_a_frozen_model_in_training(model: sl.Model) -> None:
     ("wrong", "said"),
     [
         ({"source": [3] * 4}, "source: row 0 is a int: give texts, objects"),
-        ({"source": []}, "source: there are no rows"),
+        ({"source": []}, "source: the rows are empty"),
         ({"source": FARM[:2]}, "the source has 2 samples"),
         ({"source": [{"a": 1, "b": 2}] * 4}, r"no format fits its rows, which have the fields a \(a number"),
         ({"modules": ".*nothing"}, r"fit: extract\.select: no module path matches"),
@@ -202,7 +202,7 @@ def test_what_is_wrong_is_said(model: sl.Model, wrong: dict[str, Any], said: str
         ([], "the list is empty"),
         ([3], "prompt 0 is a int"),
         (["a", ("b", "c", "d")], "prompt 1 is a tuple"),
-        ([{"role": "user", "content": "hi"}], "put them into a list"),
+        ([{"role": "user", "content": "hi"}], "put them into another list"),
         ([[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]], "ends with the assistant's message"),
         ([[{"role": "user"}]], 'a message is {"role"'),
     ],
@@ -219,11 +219,11 @@ def test_what_cannot_be_folded_or_found_is_said(model: sl.Model, tmp_path: Path,
         bounded.fold()
     with pytest.raises(ValueError, match=r"no finished run.*a model is a folder, a run, a hub id"):
         sl.load("nothing")
-    with pytest.raises(ValueError, match="holds no patch"):
+    with pytest.raises(ValueError, match="has no patch"):
         sl.load_patch(tmp_path, model)
-    with pytest.raises(ValueError, match="writes texts and draws nothing"):
+    with pytest.raises(ValueError, match="generates texts and does not draw"):
         model.draw("three")
-    with pytest.raises(ValueError, match="several only with a temperature"):
+    with pytest.raises(ValueError, match="several samples need a temperature"):
         model.generate(["a"], samples=2)
 
 
@@ -297,5 +297,5 @@ def test_a_sweep_is_read_as_the_page_reads_it(tmp_path: Path) -> None:
     assert 'class="answer"' in sl.report([sweep], tmp_path / "page.html").read_text()
     with pytest.raises(ValueError, match="alpha has no metric nothing: it has separation/sep"):
         sweep.plot("nothing")
-    with pytest.raises(ValueError, match="is no sweep folder"):
+    with pytest.raises(ValueError, match="neither a sweep folder"):
         sl.read_sweep(tmp_path)

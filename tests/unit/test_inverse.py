@@ -93,7 +93,7 @@ def test_a_patch_without_an_inverse_is_named(patch: Any, message: str) -> None:
 
 def test_a_job_without_maps_has_nothing_to_invert() -> None:
     job = read(ACT.parent / "aside.yaml", JobType, ["inverse=true"])
-    with pytest.raises(ValueError, match=r"inverse: the job's model carries no maps of activations"):
+    with pytest.raises(ValueError, match=r"inverse: the job's model has no maps of activations"):
         run.check(Plan.of(job))
 
 

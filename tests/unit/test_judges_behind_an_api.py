@@ -107,9 +107,9 @@ def test_retry_after_is_a_number_or_a_date(header: str | None, seconds: float | 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"base_url": "judge.example/v1"}, "is no base URL"),
-        ({"base_url": "https://me:password@judge.example/v1"}, "holds no user, password or option"),
-        ({"base_url": "https://judge.example/v1?api_key=x"}, "holds no user, password or option"),
+        ({"base_url": "judge.example/v1"}, "is not a base URL"),
+        ({"base_url": "https://me:password@judge.example/v1"}, "must hold no user, password or option"),
+        ({"base_url": "https://judge.example/v1?api_key=x"}, "must hold no user, password or option"),
         ({"key_env": "sk-12345"}, "pattern"),
     ],
 )

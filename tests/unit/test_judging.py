@@ -109,7 +109,7 @@ def test_a_scorer_s_own_fields_are_set_on_the_command_line(tmp_path: Path) -> No
         (["--task", "sentiment", "--set", "thresold=1"], "--task: thresold: unknown key"),
         (["--task", "math"], "item 0 has nothing in a column 'solution', by which this task judges; it has response"),
         ([], "does not say which task wrote it: name one with --task"),
-        (["--task", "sentiment", "-o", "rows.jsonl"], "is the file that is judged"),
+        (["--task", "sentiment", "-o", "rows.jsonl"], "is the judged file itself"),
     ],
 )
 def test_what_cannot_be_judged_is_said(options: list[str], said: str, tmp_path: Path, monkeypatch) -> None:

@@ -356,11 +356,11 @@ def test_values_from_elsewhere_name_no_file(tmp_path: Path) -> None:
     space = Space(tmp_path / "s.py", {"method.name": {"grid_search": ["caa", "mean_act"]}, "train.lr": tune.uniform(0, 1)})
     space.check({"method.name": "caa", "train.lr": 2.5}, "W&B")
     for wrong in ("file:/tmp/evil.py", {"file": "/tmp/evil.py"}, ["caa"]):
-        with pytest.raises(job.JobError, match="is none of the values of"):
+        with pytest.raises(job.JobError, match="is not a value of"):
             space.check({"method.name": wrong}, "W&B")
-    with pytest.raises(job.JobError, match="is none of the values of"):
+    with pytest.raises(job.JobError, match="is not a value of"):
         point_of(space, {parameter_name("method.name"): "file:/tmp/evil.py"})
-    with pytest.raises(job.JobError, match="is none of the values of"):
+    with pytest.raises(job.JobError, match="is not a value of"):
         space.check({"train.lr": "file:/tmp/evil.py"}, "W&B")
 
 

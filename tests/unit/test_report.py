@@ -97,7 +97,7 @@ def test_texts_are_shown_side_by_side() -> None:
 def test_a_folder_that_is_no_run(tmp_path: Any) -> None:
     from steerlab.storage.store import Store
 
-    with pytest.raises(ValueError, match=r"runs/x/1 is no finished run folder"):
+    with pytest.raises(ValueError, match=r"runs/x/1 is not a finished run folder"):
         report.read(Store.open(str(tmp_path)), "runs/x/1")
 
 

@@ -57,17 +57,17 @@ def sweep(rows: list[dict[str, Any]] = ROWS, **changed: Any) -> Sweep:
 def test_the_sentence_names_the_choice_its_price_and_what_was_not_chosen() -> None:
     assert headline.sentence(sweep()) == (
         "angle_rad π/2: separation/sep 0.97 [0.94, 1]; perplexity/value 1.27, 0.15 above the best (1.12 at angle_rad 0); "
-        "separation/utility 0.99, as good as any. angle_rad 3π/4 reaches 0.99 and does not keep separation/utility at least "
+        "separation/utility 0.99, as good as any. angle_rad 3π/4 reaches 0.99 but does not satisfy separation/utility at least "
         "0.9."
     )
     even = headline.sentence(sweep(indistinguishable=["t0"]))
-    assert "One other setting cannot be told apart from it (angle_rad 0)." in even
+    assert "One other setting cannot be distinguished from it (angle_rad 0)." in even
 
 
 def test_the_sentence_of_a_sweep_that_runs_has_no_choice_or_measured_nothing() -> None:
     running = headline.sentence(replace(sweep(), summary={}, space={"metric": "separation/sep", "mode": "max"}))
     assert running.startswith("So far: angle_rad 3π/4: separation/sep 0.99 [0.97, 1];")
-    assert headline.sentence(sweep(best=None)) == "No trial keeps the bounds (separation/utility at least 0.9)."
+    assert headline.sentence(sweep(best=None)) == "No trial satisfies the bounds (separation/utility at least 0.9)."
     waiting = [{"trial_id": "t0", "seed": 0, "param.method.angle_rad": 0.0, "status": "running", "metric.separation/sep": None}]
     assert headline.sentence(sweep(waiting)) == ""
 

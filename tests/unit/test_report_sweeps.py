@@ -226,7 +226,7 @@ def test_a_sweep_that_goes_on_has_a_page_too(store: Store, tmp_path: Path) -> No
     sweep = report.read_sweep(store, folder)
     assert sweep.metric == "separation/sep" and sweep.best is not None
     report.write([], tmp_path / "page.html", [sweep])
-    with pytest.raises(ValueError, match="sweeps/none/1 is no sweep folder"):
+    with pytest.raises(ValueError, match="sweeps/none/1 is not a sweep folder"):
         report.read_sweep(store, "sweeps/none/1")
 
 
@@ -377,13 +377,18 @@ def test_predictions_stand_before_the_trials_with_their_verdict(store: Store, tm
     assert [line.verdict for line in lines] == ["holds", "does not hold", "not shown", "not shown"]
     assert lines[0].statement == "separation/sep rises as method.alpha goes from 0 to 1"
     assert lines[0].values == "0.25 → 0.5" and lines[0].difference == "+0.250 [+0.125, +0.375] share"
-    assert lines[2].statement.startswith("separation/sep stays as it is as") and lines[2].values == f"0.25 → {predictions.DASH}"
+    assert (
+        lines[2].statement.startswith("separation/sep does not change as") and lines[2].values == f"0.25 → {predictions.DASH}"
+    )
     assert lines[3].statement == "separation/sep rises over method.alpha" and lines[3].values == predictions.DASH
     report.write([], tmp_path / "page.html", [sweep])
     page = (tmp_path / "page.html").read_text()
     assert page.index("Predicted and measured") < page.index("Metrics against parameters")
     assert "theory says so" in page
-    assert "The best trial keeps u/use at least 0.9. Between trials that cannot be told apart, c/cost decides." in page
+    assert (
+        "The best trial satisfies u/use at least 0.9. Between trials that cannot be distinguished from it, c/cost decides."
+        in page
+    )
     assert EVIL not in page
     assert html.escape(EVIL, quote=True) in page.replace("&#34;", "&quot;").replace("&#39;", "&#x27;")
 

@@ -34,7 +34,7 @@ def test_a_name_of_trials_is_refused_and_of_a_sweep_is_the_sweep(tmp_path: Path)
 
 def test_a_name_that_nothing_has_is_refused_with_near_ones(tmp_path: Path) -> None:
     make(tmp_path, "runs/first/20260101-1-x")
-    with pytest.raises(ValueError, match=r"frist is no folder, and no finished run in .* there are first"):
+    with pytest.raises(ValueError, match=r"frist is not a folder, and no finished run in .* its names are first"):
         split("frist", str(tmp_path))
 
 

@@ -137,7 +137,7 @@ def test_prompts_come_from_files(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "data": "b"}\n{"instruction": "c", "input": "d"}\n{"question": "e"}\n')
     assert trying._prompts(None, None, tmp_path / "a.jsonl") == [("a", "b"), ("c", "d"), ("e", None)]
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"answer": 3}\n')
-    with pytest.raises(ValueError, match=r"bad.jsonl row 2: a text under one of prompt, .*; it has answer"):
+    with pytest.raises(ValueError, match=r"bad.jsonl row 2: needs a text in one of prompt, .*; it has answer"):
         trying._prompts(None, None, tmp_path / "bad.jsonl")
     for prompt, data, file, match in (
         (None, None, None, "give --prompt with one prompt, or --prompts"),

@@ -227,17 +227,17 @@ def test_a_stop_text_ends_the_answer_and_is_never_sent(client: openai.OpenAI) ->
 def test_models_are_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny", "tiny@0"]
     assert client.models.retrieve("tiny@-0.5").id == "tiny@-0.5"
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
+    with pytest.raises(openai.NotFoundError, match="unknown model 'gpt'"):
         client.models.retrieve("gpt")
 
 
 @pytest.mark.parametrize(
     ("fields", "kind", "message"),
     [
-        ({"model": "gpt-9"}, openai.NotFoundError, "there is no model 'gpt-9'; there are tiny, tiny@0, and tiny@STRENGTH"),
-        ({"model": "tiny@x"}, openai.NotFoundError, "there is no model"),
-        ({"model": "tiny@inf"}, openai.NotFoundError, "there is no model"),
-        ({"model": "tiny@0", "extra_body": {"strength": 1.0}}, openai.BadRequestError, "say different things"),
+        ({"model": "gpt-9"}, openai.NotFoundError, "unknown model 'gpt-9'; the models are tiny, tiny@0 and tiny@STRENGTH"),
+        ({"model": "tiny@x"}, openai.NotFoundError, "unknown model"),
+        ({"model": "tiny@inf"}, openai.NotFoundError, "unknown model"),
+        ({"model": "tiny@0", "extra_body": {"strength": 1.0}}, openai.BadRequestError, "contradict each other"),
         ({"max_tokens": 4000}, openai.BadRequestError, "the model's context holds"),
         ({"max_tokens": 10**9}, openai.BadRequestError, "max_tokens: Input should be less than or equal to 4096"),
         ({"messages": []}, openai.BadRequestError, "messages"),
@@ -247,7 +247,7 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
             (openai.BadRequestError, UnicodeEncodeError),
             "surrogate|unicode",
         ),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, openai.BadRequestError, "there is nothing to answer"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, openai.BadRequestError, "end with a message to answer"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, openai.BadRequestError, "content.0.type"),
         ({"messages": [{"role": "user", "content": "x" * 200_001}]}, openai.BadRequestError, "at most 200000"),
         ({"messages": [{"role": "user", "content": "red " * 3000}]}, openai.BadRequestError, "the model's context holds"),
@@ -271,16 +271,16 @@ def test_wrong_requests_are_refused_in_openais_words(
 @pytest.mark.parametrize(
     ("path", "body", "headers", "status", "message"),
     [
-        ("/v1/chat/completions", b"{", {}, 400, "the body is no JSON"),
-        ("/v1/chat/completions", b"[" * 50_000, {}, 400, "the body is no JSON"),
-        ("/v1/chat/completions", b"[]", {}, 400, "is a JSON object"),
-        ("/v1/chat/completions", b"\xff\xfe", {}, 400, "the body is no JSON"),
+        ("/v1/chat/completions", b"{", {}, 400, "the body is not JSON"),
+        ("/v1/chat/completions", b"[" * 50_000, {}, 400, "the body is not JSON"),
+        ("/v1/chat/completions", b"[]", {}, 400, "must be a JSON object"),
+        ("/v1/chat/completions", b"\xff\xfe", {}, 400, "the body is not JSON"),
         ("/v1/chat/completions", b" " * (2**20 + 1), {}, 413, "1,048,576 bytes at most"),
         ("/v1/chat/completions", b"a=b", {"Content-Type": "text/plain"}, 415, "Content-Type: application/json"),
         ("/v1/chat/completions", b"{}", {"Host": "evil.example:80"}, 403, "answers to 127.0.0.1"),
-        ("/v1/embeddings", b"{}", {}, 404, "there is no /v1/embeddings"),
+        ("/v1/embeddings", b"{}", {}, 404, "/v1/embeddings does not exist"),
         ("/v1/models", b"{}", {}, 405, "Method Not Allowed"),
-        ("/v1/completions", b'{"model": "tiny", "prompt": ""}', {}, 400, "an empty prompt"),
+        ("/v1/completions", b'{"model": "tiny", "prompt": ""}', {}, 400, "the prompt is empty"),
         ("/v1/completions", b'{"model": "tiny", "prompt": [1, 2]}', {}, 400, "prompt"),
         ("/v1/completions", b'{"model": "tiny", "prompt": "a", "echo": true}', {}, 400, "echo"),
         (
@@ -362,7 +362,7 @@ def test_a_model_without_a_patch_has_no_strength(base: Path) -> None:
     try:
         assert running.served.names() == ["tiny"]
         status, answer = running.ask("/v1/completions", {"model": "tiny", "prompt": "a", "strength": 0.5})
-        assert status == 400 and "carries no patch" in answer["error"]["message"]
+        assert status == 400 and "has no patch" in answer["error"]["message"]
         assert running.ask("/v1/completions", {"model": "tiny", "prompt": "a"})[0] == 200
     finally:
         running.close()

@@ -469,6 +469,6 @@ def test_a_library_that_gives_up_ends_a_command_in_a_line(capsys: pytest.Capture
         raise PanicException("internal error \x1b[2J")
     assert ended.value.exit_code == 2
     said = capsys.readouterr().err
-    assert "a tokenizer gave up on a text: internal error" in said and "\x1b" not in said
+    assert "the tokenizer failed on a text: internal error" in said and "\x1b" not in said
     with pytest.raises(SystemExit), command():
         raise SystemExit(3)

@@ -182,7 +182,7 @@ def test_a_spool_sends_images_of_its_own_run_alone(tmp_path: Path) -> None:
         run / ".." / ".." / ".." / "secret.png",
         "http://host/x.png",
     ):
-        with pytest.raises(ValueError, match="is no image of the run in"):
+        with pytest.raises(ValueError, match="is not an image of the run in"):
             history._content({"kind": "images", "key": "k", "paths": [str(path)], "captions": ["c"]})
 
 

@@ -58,9 +58,9 @@ EVIL = {"model.source": "/evil", "model.trust_remote_code": True}
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (suggestion(1, EVIL), "unit 1 is none of this job, space and seeds"),
-        (suggestion(9, {"train.lr": 1e-3}), "unit 9 is none of this job"),
-        (suggestion(1, {"train.lr": 1e-3}, seeds=[7]), "unit 1 is none of this job"),
+        (suggestion(1, EVIL), "unit 1 does not belong to this job, space and seeds"),
+        (suggestion(9, {"train.lr": 1e-3}), "unit 9 does not belong to this job"),
+        (suggestion(1, {"train.lr": 1e-3}, seeds=[7]), "unit 1 does not belong to this job"),
         (suggestion(1, {"train.lr": 1e-3}, "x/../../../y"), r"line 2 is damaged: trials\.0\.trial_id"),
         (suggestion(1, {"train.lr": 1e-3}, "aaaaaaaa"), "aaaaaaaa is not the name of the trial"),
         (suggestion(-1, {"train.lr": 1e-3}), "line 2 is damaged: number"),
@@ -68,7 +68,7 @@ EVIL = {"model.source": "/evil", "model.trust_remote_code": True}
         (suggestion(1, {"train.lr": 1e-3}, trials=[]), "line 2 is damaged: trials"),
         ([1], "line 2 is damaged"),
         ({"event": 3}, "line 2 is damaged: event"),
-        ({"event": "finish", "unit": 3, "rows": []}, "nobody suggested unit 3"),
+        ({"event": "finish", "unit": 3, "rows": []}, "unit 3 was never suggested"),
         ({"event": "finish", "unit": "a"}, "line 2 is damaged: unit"),
     ],
 )
@@ -89,7 +89,7 @@ def test_what_a_searcher_left_sets_entries_of_the_space_alone(store: Store, aske
     store.append_line(history, suggestion(1, {"train.lr": 0.5}))
     assert [unit.number for unit in driver._begin(drawn, store, FOLDER).pending] == [1]
     store.append_line(history, suggestion(2, {"train.lr": 0.5, **EVIL}))
-    with pytest.raises(ValueError, match=r"unit 2 sets 'model\.source', which is no entry of SPACE"):
+    with pytest.raises(ValueError, match=r"unit 2 sets 'model\.source', which is not an entry of SPACE"):
         driver._begin(drawn, store, FOLDER)
 
 
@@ -107,7 +107,7 @@ def test_a_unit_runs_what_was_asked_for_and_nothing_that_was_put_in_its_place(
     told = tuner._request(asked, store, FOLDER, asked.units[0], {"command": "x"})
     assert trial._request(store, told["request"], told["sha256"]).sweep == FOLDER.rpartition("/")[2]
     store.write_json(told["request"], {"unit": {}, "jobs": []})
-    with pytest.raises(ValueError, match="was changed while the sweep ran"):
+    with pytest.raises(ValueError, match="has changed while the sweep ran"):
         trial._request(store, told["request"], told["sha256"])
 
 

@@ -73,7 +73,7 @@ def test_relative_root_is_refused(folder: Path, root: str) -> None:
 def test_job_that_is_not_uploaded_is_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     outside = tmp_path_factory.mktemp("outside") / "job.yaml"
     outside.touch()
-    with pytest.raises(SubmitError, match="lies outside the working directory"):
+    with pytest.raises(SubmitError, match="is outside the working directory"):
         entrypoint(outside, root="/r", working_dir=folder)
     with pytest.raises(SubmitError, match=r"no.yaml does not exist"):
         entrypoint(folder / "no.yaml", root="/r", working_dir=folder)
@@ -493,11 +493,11 @@ def speaking(request: pytest.FixtureRequest) -> Iterator[str]:
         ({"version": b"[1]"}, "does not answer as the dashboard"),
         ({"version": b'{"ray_version": "\\u001b[31mx"}'}, "does not answer as the dashboard"),
         ({"version": b" " * (2 << 20) + b"{}"}, "does not answer as the dashboard"),
-        ({"job": b"broken"}, "refuses, or answers what no Ray cluster does"),
-        ({"job": b'{"foo": 1}'}, "refuses, or answers what no Ray cluster does"),
+        ({"job": b"broken"}, "refuses the request, or does not answer as a Ray cluster does"),
+        ({"job": b'{"foo": 1}'}, "refuses the request, or does not answer as a Ray cluster does"),
         (
             {"job": b'{"job_id": "\\u001b[2J", "submission_id": "\\u001b[2J"}'},
-            r"answers with a job '\\x1b\[2J', which is no name",
+            r"answers with the job id '\\x1b\[2J', which is not a plain name",
         ),
     ],
     indirect=["speaking"],
@@ -568,7 +568,7 @@ def test_files_that_stay_behind_are_named(
         return left_behind(Plan.of(job.read(folder / "job.yaml", JobType)), text, folder)
 
     assert left(job_of("rows.jsonl", "own.py")) == {}
-    assert "lies outside" in left(job_of(f"{elsewhere}/rows.jsonl", "own.py"))[f"{elsewhere}/rows.jsonl"]
+    assert "is outside" in left(job_of(f"{elsewhere}/rows.jsonl", "own.py"))[f"{elsewhere}/rows.jsonl"]
     assert left(job_of("rows.jsonl", f"{elsewhere}/own.py")).keys() == {f"{elsewhere}/own.py"}
     assert "ignore" in left(job_of("skip/rows.jsonl", "own.py"))[f"{folder}/skip/rows.jsonl"]
     assert "absolute" in left(job_of(f"{folder}/absolute.jsonl", "own.py"))[f"{folder}/absolute.jsonl"]

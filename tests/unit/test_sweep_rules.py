@@ -65,7 +65,7 @@ def test_bounds_and_prices_take_their_direction_from_the_task(tmp_path: Path) ->
         ('WITHIN = {"separation/sep": True}', r"WITHIN\['separation/sep'\] is True: give the name of a metric and a number"),
         ('WITHIN = {"separation/sep": float("nan")}', r"WITHIN\['separation/sep'\] is nan"),
         ('WITHIN = {"separation/sup": 1}', r"WITHIN separation/sup is not measured.*did you mean separation/sep"),
-        ('WITHIN = {"preference/shorter": 1}', r"WITHIN preference/shorter: neither more nor less of it is better"),
+        ('WITHIN = {"preference/shorter": 1}', r"WITHIN preference/shorter: this metric has no better direction"),
         ('PRICES = "perplexity/value"', r"PRICES is a list of metrics"),
         ("PRICES = [1]", r"PRICES is a list of metrics"),
         ('PRICES = ["perplexity"]', r"PRICES perplexity is not measured"),

@@ -156,10 +156,10 @@ def test_the_rows_that_are_tried_are_those_that_the_job_reads(tmp_path: Path) ->
     source = {"source": str(tmp_path / "rows.json")}
     with pytest.warns(UserWarning, match="opens a stored answer"):
         run.check(Plan.of(job_of(model, tmp_path, rows, data={"train": {**source, "offset": 1, "limit": 20}})))
-    with pytest.raises(ValueError, match=r"data.train: .*rows.json, .* row 21: the chat template .*; skip_bad: true leaves"):
+    with pytest.raises(ValueError, match=r"data.train: .*rows.json, .* row 21: the chat template .*; skip_bad: true skips"):
         run.check(Plan.of(job_of(model, tmp_path, rows, data={"train": {**source, "offset": 1}})))
     with (
-        pytest.warns(UserWarning, match=r"data.train: of the first 22 rows, 2 are left out: the chat template"),
+        pytest.warns(UserWarning, match=r"data.train: of the first 22 rows, 2 are skipped: the chat template"),
         pytest.warns(UserWarning, match="opens a stored answer"),
     ):
         run.check(Plan.of(job_of(model, tmp_path, rows, data={"train": {**source, "skip_bad": True}})))
@@ -203,7 +203,7 @@ def test_pairs_of_equal_answers_are_said(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "chosen": "red", "rejected": "blue"}, {"prompt": "a", "chosen": "fine", "rejected": "crude"}]
     data = {"preference": {"source": str(tmp_path / "rows.json"), "format": "preference"}}
     wanted = job_of(Path("tiny:model"), tmp_path, rows, data=data, method={"name": "dpo"})
-    with pytest.warns(UserWarning, match="data.preference: of the first 2 rows, 1 are left out: the answers of a pair are the"):
+    with pytest.warns(UserWarning, match="data.preference: of the first 2 rows, 1 are skipped: the answers of a pair are the"):
         run.check(Plan.of(wanted))
 
 

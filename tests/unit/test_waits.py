@@ -88,7 +88,7 @@ def test_a_bucket_that_never_answers_ends_the_command(silent: int, monkeypatch: 
 def test_a_ray_address_that_says_nothing_ends_the_command(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_ANSWER_S", 0.5)
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent}")
-    expected = rf"no Ray cluster answers at RAY_ADDRESS 127.0.0.1:{silent} \(it accepts connections and has said nothing in"
+    expected = rf"no Ray cluster answers at RAY_ADDRESS 127.0.0.1:{silent} \(it accepts connections but has sent nothing in"
     with pytest.warns(UserWarning, match="^waits for the Ray cluster at"), pytest.raises(ValueError, match=expected):
         cluster.check_address()
 
@@ -199,6 +199,6 @@ def test_a_cluster_that_was_killed_is_no_cluster(listens: bool, monkeypatch: pyt
         monkeypatch.setattr(services, "find_bootstrap_address", lambda _: address)
         monkeypatch.setenv("RAY_ADDRESS", "auto")
         assert private_parts.running_cluster() == (address if listens else None)
-        refused = nullcontext() if listens else pytest.raises(ValueError, match="auto, and no Ray cluster runs on this machine")
+        refused = nullcontext() if listens else pytest.raises(ValueError, match="auto, but no Ray cluster runs on this machine")
         with refused:
             cluster.check_address()

@@ -49,7 +49,7 @@ def test_a_whole_space() -> None:
 @pytest.mark.parametrize(
     ("space", "method", "message"),
     [
-        ({"a": tune.sample_from(lambda spec: 1)}, None, r"SPACE\['a'\]: W&B draws no values from a function"),
+        ({"a": tune.sample_from(lambda spec: 1)}, None, r"SPACE\['a'\]: W&B cannot draw values from a function"),
         ({"a": {"b": tune.uniform(0, 1)}}, None, r"SPACE\['a'\]: a nested space; name the whole path, as in 'a.field'"),
         ({"a": tune.uniform(0, 1)}, "grid", r"SPACE\['a'\] is a range; W&B's grid needs lists"),
     ],

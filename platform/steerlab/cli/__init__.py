@@ -63,14 +63,14 @@ _INTERNAL = 70
 
 def main() -> None:
     """Run the command line."""
-    # The options that take a list of numbers.
+    # Both options take a list of numbers.
     for option in ("--strength", "--guidance"):
         sys.argv[1:] = repeated(sys.argv[1:], option)
     try:
         app()
-    except Exception:  # `terminal.explained` has handled all errors that are for people, so the rest are bugs of steerlab
+    except Exception:  # `terminal.explained` has handled all errors that users cause, so the rest are bugs of steerlab
         traceback.print_exc()
-        errors.print("[red]internal error[/red] the lines above say where; this is a fault of steerlab, please report it")
+        errors.print("[red]internal error[/red] the traceback above shows where; this is a bug of steerlab, please report it")
         sys.exit(_INTERNAL)
 
 

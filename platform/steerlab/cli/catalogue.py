@@ -1,6 +1,6 @@
 """The catalogue of methods, tasks, sections of a job and sources, as Markdown.
 
-Every sentence in it is one that the code already has: the docstrings of modules, configs and fields, and their JSON schema.
+All its sentences come from the code: the docstrings of modules, configs and fields, and their JSON schema.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Entry:
     @cached_property
     def about(self) -> str:
         """The docstring of a method's or task's module (what it is, the paper, where this code departs), or of a section."""
-        # A file of one's own is no module that others can import.
+        # The module of a user's own file is not in `sys.modules`, so the docstring of its config is taken instead.
         described = self.Config if self.kind == "section" else sys.modules.get(self.Config.__module__, self.Config)
         paragraphs = (inspect.getdoc(described) or "").split("\n\n")
         return "\n\n".join(_paragraph(paragraph) for paragraph in paragraphs)
@@ -49,7 +49,7 @@ class Entry:
 
 
 def _paragraph(text: str) -> str:
-    """Return a paragraph of a docstring as Markdown: what is indented or holds columns is shown as it is."""
+    """Return a paragraph of a docstring as Markdown: indented lines and lines with columns become a code block."""
     lines = text.split("\n")
     is_list = any(line.startswith("- ") for line in lines)
     shown = [number for number, line in enumerate(lines) if line.startswith("  ") or re.search(r"\S   +\S", line)]
@@ -70,7 +70,7 @@ def entries() -> list[Entry]:
 
 
 def describe(name: str) -> str:
-    """Return what is known of a method, a task, a section, a field or `source`, as Markdown.
+    """Return the description of a method, a task, a section, a field or `source`, as Markdown.
 
     `methods`, `tasks` and `sections` list them. Raises ValueError with near names.
     """
@@ -91,7 +91,7 @@ def describe(name: str) -> str:
 
 
 def names() -> list[str]:
-    """Return everything that `describe` takes, for a shell that completes it."""
+    """Return all names that `describe` takes, for the completion in a shell."""
     return ["source", "methods", "tasks", "sections", *(entry.name for entry in entries())]
 
 
@@ -102,7 +102,7 @@ def _listed(some: Iterable[Entry]) -> str:
 
 
 def _fields(name: str, some: Iterable[Entry]) -> list[tuple[str, str, str, str, str]]:
-    """Return the rows about a field, `lr`, or about that of a section, `train.lr`, wherever it occurs."""
+    """Return the rows of all fields of one name, `lr`, or of one section's field, `train.lr`."""
     of, _, field = name.rpartition(".")
     fields = [(entry, row) for entry in some for row in entry.fields() if row[0] in (field, name)]
     return [(f"`{entry.name}`", f"`{row[0]}`", *row[1:]) for entry, row in fields if of in ("", entry.name) or row[0] == name]
@@ -144,9 +144,7 @@ def catalogue() -> str:
 
 _METHODS = "Fields of `method`. The arrow after a measure of a task says which way is better."
 _TASKS = "An entry of `evaluate`. The fields that every task has are those of [evaluate](#evaluate-section)."
-_OF_SECTIONS = (
-    "`data set` stands for each data set below `data` and in tasks, `selection` for `extract.select` and `method.steer`."
-)
+_OF_SECTIONS = "`data set` means each data set below `data` and in tasks, `selection` for `extract.select` and `method.steer`."
 
 
 def example(entry: Entry) -> str | None:
@@ -163,7 +161,7 @@ def task_example(name: str) -> dict[str, JsonValue]:
 
 
 def method_example(name: str) -> tuple[str, ...] | None:
-    """Return a job file of this repository for a method, and the option that names the method if the file has another."""
+    """Return a job file of this repository for a method, and the option that sets the method if the file names another one."""
     method = methods.METHODS[name]
     if method.example is not None:
         return (method.example,)

@@ -1,4 +1,4 @@
-"""Commands that set runs side by side."""
+"""Commands that compare runs, or show several of them on one page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def compare(
     first: Annotated[str, typer.Argument(help="Run of the control: its name, or its folder.")],
     second: Annotated[str, typer.Argument(help="The other run.")],
     strength: Annotated[
-        list[float] | None, typer.Option(help="Strength of both, or of each: --strength 0 0.5. Default: what each reported.")
+        list[float] | None,
+        typer.Option(help="One strength, or one for each run: --strength 0 0.5. Default: what each reported."),
     ] = None,
     root: RootOption = None,
     as_json: JsonOption = False,
@@ -69,7 +70,7 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
     root: RootOption = None,
 ) -> None:
-    """Write runs and sweeps to one static page: results with intervals, figures, texts, images, how they were made."""
+    """Write runs and sweeps to one static page: results with intervals, figures, texts, images and settings."""
     from steerlab import report as reports
 
     with explained():

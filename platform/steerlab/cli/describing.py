@@ -12,7 +12,7 @@ from steerlab.cli.terminal import console, explained
 
 
 def _completed(begun: str) -> list[str]:
-    """Return the names that begin as a person has begun to write."""
+    """Return the names that begin with the text typed so far."""
     from steerlab.cli import catalogue
 
     return [name for name in catalogue.names() if name.startswith(begun)]

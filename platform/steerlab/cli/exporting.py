@@ -45,7 +45,7 @@ def export(
         ),
     ] = Format.CHECKPOINT,
     approximate: Annotated[
-        bool, typer.Option("--approximate", help="Write the nearest vectors of maps that are none, and say the error.")
+        bool, typer.Option("--approximate", help="Write the vectors nearest to maps that are not additions; prints the error.")
     ] = False,
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to this hub repository.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
@@ -108,11 +108,11 @@ def _write_foreign(
     (directory / "README.md").write_text(text, encoding="utf-8")
     if written.note is not None:
         say_line(f"not exact: {written.note}")
-    say_line(f"wrote {directory}; README.md says how it is used:\n\n{written.lines}")
+    say_line(f"wrote {directory}; README.md explains its use:\n\n{written.lines}")
 
 
 def _relative(lines: str, directory: Path, base: str | None) -> str:
-    """Return the lines for the card: with the names of local folders alone, as others have them elsewhere."""
+    """Return the lines for the card, with local paths shortened to their last name: readers of the card have other paths."""
     named = lines.replace(str(directory), directory.name)
     return named.replace(base, Path(base).name) if base is not None and Path(base).is_absolute() else named
 

@@ -1,6 +1,6 @@
 """Fields of a config as rows of a table: name, type with its range, default and meaning.
 
-All of it is read from the JSON schema of the config, so that the table cannot say anything else than what is checked.
+All of it comes from the JSON schema of the config, by which jobs are checked, so the table cannot contradict the checks.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "track": TrackConfig,
     "track.wandb": WandbConfig,
 }
-"""Sections of a job file by the name that people look for."""
+"""Sections of a job file by the name under which users look for them."""
 
 
 def rows(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield the fields of a config; those of a config within that is no section of its own follow, under its name."""
+    """Yield the fields of a config. Those of a nested config follow under its name, unless it is a section of its own."""
     schema = config.model_json_schema()
-    if "$ref" in schema:  # a config that holds others of its own kind
+    if "$ref" in schema:  # a config that refers to itself
         schema = schema["$defs"][schema["$ref"].rpartition("/")[2]]
     required = _names(schema.get("required"))
     for name, field in _objects(schema.get("properties")).items():
@@ -64,7 +64,7 @@ def rows(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, 
 
 
 def _configs_within(annotation: object) -> Iterator[type[BaseModel]]:
-    """Yield the configs of an annotation, those of sections, methods and tasks left out: they are described by themselves."""
+    """Yield the configs of an annotation, except sections, methods and tasks, which have their own entries."""
     described = {*SECTIONS.values()}
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         if annotation not in described and not issubclass(annotation, MethodConfig | TaskConfig):
@@ -87,7 +87,7 @@ _LONGEST = 90
 
 
 def _default(default: object) -> str:
-    """Write a default; of a config within, what differs from its own defaults."""
+    """Write a default; for a nested config, the fields that differ from its own defaults."""
     if isinstance(default, BaseModel):
         value = default.model_dump(mode="json", exclude_defaults=True)
     else:
@@ -115,7 +115,7 @@ _BOUNDS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("
 
 
 def _type(field: _Schema) -> str:
-    """Write the type of a field: what it may be and within which range."""
+    """Write the type of a field, with its range or its choices."""
     if "enum" in field or "const" in field:
         choices = field.get("enum", [field.get("const")])
         return " or ".join(f"`{flow(choice)}`" for choice in choices) if isinstance(choices, list) else ""

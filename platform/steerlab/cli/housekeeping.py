@@ -1,4 +1,4 @@
-"""Commands that show what lies in a ROOT, and remove what no run and no sweep of it needs."""
+"""Commands that list the content of a ROOT, and remove what none of its runs and sweeps needs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _MOST_SHOWN = 40
 
 
 def ls(root: RootArgument = None, as_json: JsonOption = False) -> None:
-    """Show the runs and sweeps of a ROOT with their status and sizes, and what no run names."""
+    """Show the runs and sweeps of a ROOT with their status and sizes, and the size of what they do not name."""
     from steerlab.run import default_root, inventory
     from steerlab.run.capacity import in_words
     from steerlab.storage.store import Store
 
     with explained():
-        store = Store(root or default_root())  # without a trial of writing: a ROOT that is read-only can be looked at
+        store = Store(root or default_root())  # writes no test file, so that a read-only ROOT can be listed
         content = inventory.take(store)
         if as_json:
             print(json.dumps([_row(entry, content) for entry in content.entries], indent=1))
@@ -53,10 +53,10 @@ def ls(root: RootArgument = None, as_json: JsonOption = False) -> None:
 
 def gc(
     root: RootArgument = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without this it is only shown.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove the folders; without this they are only listed.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove from a ROOT the artifacts and checkpoints that no run and no sweep names; shows them first."""
+    """Remove the artifacts and checkpoints of a ROOT that none of its runs and sweeps names; without --yes, only show them."""
     from steerlab.run import cleaning
     from steerlab.run.capacity import in_words
 

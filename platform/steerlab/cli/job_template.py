@@ -22,7 +22,7 @@ from steerlab.stages import JobType, Plan
 _STEPS, _ROWS = 100, 200
 """Steps of a first training, and rows of a first evaluation: enough to see that everything runs."""
 _NORMS = (r".*post_attention_layernorm", r".*(norm|ln)_?\d*", r".*(norm|ln).*")
-"""Expressions of the modules that a first job steers; the first that a model has."""
+"""Expressions of the modules that a first job steers; the first one that matches a module of the model is taken."""
 _TINY: Mapping[str, JsonObject] = {
     "train": {"source": "tiny:instructions/train", "limit": _ROWS},
     "validation": {"source": "tiny:instructions/validation", "limit": _ROWS},
@@ -33,7 +33,7 @@ _TINY: Mapping[str, JsonObject] = {
     "target": {"source": "tiny:texts/train", "format": "text", "equals": {"label": "sea"}, "limit": 32},
     "preference": {"source": "tiny:preferences/train", "format": "preference", "limit": _ROWS},
 }
-"""Rows that stand in for those that a person has not given yet."""
+"""Made-up rows by role, used where the user has not given rows yet."""
 _DRAWN: Mapping[str, JsonObject] = {
     "train": {"source": "pixels:digits/train", "format": "image", "limit": _ROWS},
     "source": {"source": "pixels:digits/test", "format": "text", "equals": {"text": "three"}, "limit": 1, "seeds": [0, 16]},
@@ -53,7 +53,7 @@ class Template:
     model: str
     kind: str
     given: Mapping[str, JsonObject]
-    """Data sets that a person has given, by role."""
+    """Data sets that the user has given, by role."""
     data: dict[str, JsonObject] = field(default_factory=dict)
     modules: str | None = None
     max_tokens: int = 256
@@ -75,7 +75,7 @@ class Template:
         tree["method"] = {"name": self.method}
         if issubclass(self.entry.Config, SteeringConfig):
             pooling = self.entry.Config.model_fields["pooling"].default
-            # A default that names modules may name none of this model's.
+            # The method's default may name modules that this model lacks.
             if self.entry.Config.model_fields["steer"].default is not None:
                 tree["method"] = {"name": self.method, "steer": {"modules": self.modules}}
             tree["extract"] = {"select": {"modules": self.modules}, "pooling": [pooling], "max_tokens": self.max_tokens}
@@ -103,7 +103,7 @@ class Template:
 
 
 def _held_out(data: JsonObject) -> JsonObject:
-    """Return a data set of the evaluation: of the stand-ins the rows for tests, of a file its own rows."""
+    """Return a data set of the evaluation: the test rows of a made-up source, the same rows of a file."""
     source = data["source"]
     assert isinstance(source, str)
     held_out = source.replace("/train", "/test") if source.startswith("tiny:") else source
@@ -119,10 +119,10 @@ def of(method: str, model: str, given: Mapping[str, str]) -> Template:
         given: Sources of rows by role; the role "" is that of the rows which the method works on.
 
     Raises:
-        ValueError: the method is not known, no format fits the rows, or the method does not go with the model.
+        ValueError: the method is not known, no format fits the rows, or the method does not support the model.
     """
     if method not in methods.METHODS:
-        # The job's own message names the methods, and the nearest one.
+        # The validation of a job has the better message: it lists the methods, and names the nearest one.
         validate({"name": "first", "model": {"source": model}, "method": {"name": method}}, JobType, Path("init"))
     facts = models.facts(sources.fetch(_absolute(model)))
     entry = methods.METHODS[method]
@@ -179,7 +179,7 @@ def _completed(template: Template) -> Template:
 
 
 def _modules(template: Template) -> str | None:
-    """Return an expression of modules that the model has, to be steered by a first job; None if the method steers none."""
+    """Return an expression of modules that the model has, for a first job to steer; None if the method steers none."""
     if not issubclass(template.entry.Config, SteeringConfig):
         return None
     skeleton = models.skeleton(sources.fetch(_absolute(template.model)), False)
@@ -189,7 +189,7 @@ def _modules(template: Template) -> str | None:
             return pattern
         except ValueError:
             continue
-    raise ValueError(f"{template.model}: no module of it is called a norm; name modules in extract.select.modules of a job")
+    raise ValueError(f"{template.model} has no module whose name contains norm: set modules in extract.select.modules of a job")
 
 
 def written(template: Template, job_file: Path) -> tuple[str, str]:
@@ -211,7 +211,7 @@ def _job_lines(template: Template, job_file: Path) -> Iterator[str]:
     yield "  # prompt_style: plain            # the bare texts in the chat template, without ASIDE's headings"
     yield from _method_lines(template)
     if "extract" in tree:
-        yield f"extract: {flow(tree['extract'])}  # where the model is read"
+        yield f"extract: {flow(tree['extract'])}  # where activations are extracted"
     if "train" in tree:
         yield "train:"
         about = {name: meaning for name, _, _, meaning in rows(TrainConfig)}
@@ -222,7 +222,7 @@ def _job_lines(template: Template, job_file: Path) -> Iterator[str]:
     tasks = tree["evaluate"]
     assert isinstance(tasks, list)
     yield from (f"  - {flow(task)}" for task in tasks)
-    yield "# Name rows here that the method has not seen. More tasks: steerlab describe lists them."
+    yield "# Name rows here on which the method was not fitted. `steerlab describe tasks` lists all tasks."
 
 
 def _method_lines(template: Template) -> Iterator[str]:
@@ -231,7 +231,7 @@ def _method_lines(template: Template) -> Iterator[str]:
     assert isinstance(settings, dict)
     yield from (f"  {name}: {flow(value)}" for name, value in settings.items())
     for name, _, default, meaning in rows(template.entry.Config):
-        # A field of a config within would need the whole of it.
+        # A field of a nested config is skipped: it could not be given without the rest of that config.
         if name not in settings and "." not in name and default != "required":
             yield _commented(f"  # {name}: {default.strip('`')}", meaning)
 
@@ -276,7 +276,7 @@ def space_file(job_file: Path) -> Path:
 
 
 def checked(job_file: Path) -> None:
-    """Read the written job and space as `plan` and `sweep` do. Raises ValueError: init has written what they refuse."""
+    """Read the written job and space as `plan` and `sweep` do. Raises ValueError if these commands would refuse them."""
     from steerlab import job as jobs
     from steerlab.sweeps import space as spaces
     from steerlab.sweeps import trials

@@ -1,4 +1,4 @@
-"""The command that judges texts which exist."""
+"""The command that judges existing texts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def judge(
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Judge texts that exist with the scorer of a task, without the model that wrote them."""
+    """Judge existing texts with the scorer of a task, without the model that wrote them."""
     from steerlab.run import texts_judged
 
     with explained("run the same command again"):

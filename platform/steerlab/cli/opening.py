@@ -1,4 +1,4 @@
-"""What commands open: jobs, ROOT, the cluster, and the model that a folder holds."""
+"""Open what commands work on: jobs, ROOT, the cluster, and the model in a run folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from steerlab.storage.store import Store
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-"""Names of runs, as `Job.name` has them."""
+"""Pattern of names of runs, the same as for `Job.name`."""
 
 
 def read_job(path: Path, overrides: list[str] | None) -> Job:
-    """Read a job with the overrides of `--set`. Raises JobError."""
+    """Read a job and apply the overrides of `--set`. Raises JobError."""
     from steerlab import job
     from steerlab.stages import JobType
 
@@ -30,7 +30,7 @@ def read_job(path: Path, overrides: list[str] | None) -> Job:
 
 
 def opened_store(root: str | None) -> Store:
-    """Open ROOT, the default one where none is given. Raises ValueError."""
+    """Open ROOT, or the default one if it is None. Raises ValueError."""
     from steerlab.run import default_root
     from steerlab.storage.store import Store
 
@@ -39,7 +39,7 @@ def opened_store(root: str | None) -> Store:
 
 @contextmanager
 def joined_ray() -> Iterator[None]:
-    """Join a cluster, or start one for this command, and say which."""
+    """Join a cluster, or start one for this command, and print which."""
     import ray
 
     from steerlab import run as runs
@@ -52,15 +52,15 @@ def joined_ray() -> Iterator[None]:
 
 
 def split(folder: str, root: str | None = None, *, or_sweep: bool = False) -> tuple[str | None, str]:
-    """Return ROOT and the path below it of a run, which is given by its folder or by its name.
+    """Return ROOT and a run's folder relative to it, for a run that is given by its folder or by its name.
 
     Args:
         folder: ROOT/runs/NAME/ID or ROOT/sweeps/NAME/ID, a path or a URI; or NAME, which takes the newest run of that name.
         root: ROOT of a name; None takes the default one.
-        or_sweep: whether a name may be that of a sweep, whose newest one is taken where no run of the name is newer.
+        or_sweep: whether a name may also be that of a sweep; the newest run or sweep of the name is taken.
 
     Raises:
-        ValueError: no finished run is called so.
+        ValueError: no finished run has this name.
     """
     if _NAME.fullmatch(folder) and not Path(folder).exists():
         return root, _newest(opened_store(root), folder, or_sweep)
@@ -75,7 +75,7 @@ def split(folder: str, root: str | None = None, *, or_sweep: bool = False) -> tu
 
 
 def _newest(store: Store, name: str, or_sweep: bool) -> str:
-    """Return the folder of the newest finished run of a name. Folders are called by the time at which they began."""
+    """Return the folder of the newest finished run of a name. A run's id begins with the time at which it started."""
     sweeps = store.list(f"sweeps/{name}")
     runs = [run for run in store.list(f"runs/{name}") if _is_finished(store, f"runs/{name}/{run}")]
     of_sweeps = {run for run in runs for sweep in sweeps if run.startswith(sweep)}
@@ -88,8 +88,8 @@ def _newest(store: Store, name: str, or_sweep: bool) -> str:
         raise ValueError(f"the runs called {name} are trials of sweeps: give the folder of one, such as runs/{name}/{runs[-1]}")
     names = sorted({*store.list("runs"), *(store.list("sweeps") if or_sweep else ())})
     near = difflib.get_close_matches(name, names, n=3) or names[:10]
-    there = f"; there are {', '.join(near)}" if near else ""
-    raise ValueError(f"{name} is no folder, and no finished run in {store.root} is called so{there}")
+    there = f"; its names are {', '.join(near)}" if near else ""
+    raise ValueError(f"{name} is not a folder, and no finished run in {store.root} has this name{there}")
 
 
 def _is_finished(store: Store, folder: str) -> bool:
@@ -110,13 +110,13 @@ class Artifact(NamedTuple):
 
     path: Path
     loading: Loading
-    """How the run's job loads it."""
+    """Options with which the run's job loads it."""
     reported: Reported
-    """The strength that is meant where none is given."""
+    """The strength to use where none is given."""
 
 
 def artifact_of(folder: str, root: str | None, inverse: bool = False) -> Artifact:
-    """Return the model of a run folder or of an exported one, with the inverse of its patch where that is asked for.
+    """Return the model of a run folder or of an exported one, with the inverse of its patch if `inverse` is set.
 
     Raises:
         ValueError: the folder is neither, or an exported one is to be inverted.
@@ -124,7 +124,7 @@ def artifact_of(folder: str, root: str | None, inverse: bool = False) -> Artifac
     artifact = _artifact_of(folder, root)
     if not inverse:
         return artifact
-    # The inverse of an inverse is the patch itself.
+    # The run may have evaluated the inverse itself; the inverse of that is the patch.
     loading: Loading = {**artifact.loading, "inverse": not artifact.loading.get("inverse", False)}
     return artifact._replace(loading=loading)
 
@@ -148,7 +148,7 @@ def _artifact_of(folder: str, root: str | None) -> Artifact:
     except FileNotFoundError:
         raise missing from None
     if summary.model is None:
-        raise ValueError(f"{folder}: this run evaluated a model as it is; there is nothing trained to load")
+        raise ValueError(f"{folder}: this run evaluated an unchanged model; it has no trained model or patch to load")
     model = folders.job(store, below).get("model", {})
     loading: Loading = {"snapshot": summary.model.snapshot, "inverse": summary.model.inverse}
     if "dtype" in model:

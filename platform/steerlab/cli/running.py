@@ -48,13 +48,13 @@ def run(
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the plan of one or more jobs; prints a table and the run folders. After one that failed the next ones run."""
+    """Run one or more jobs, then print a table and the run folders. If one job fails, the next ones still run."""
     from steerlab import stages
     from steerlab.run import capacity, checked_before
     from steerlab.storage import plan
     from steerlab.storage.plan import StageError
 
-    # Ray prints warnings of its own to standard output; with --json that holds the results and nothing else.
+    # Ray prints its own warnings to standard output, where --json allows the results only.
     chatter = redirect_stdout(sys.stderr) if as_json else nullcontext()
     with explained(), chatter:
         store = opened_store(root)
@@ -62,7 +62,7 @@ def run(
         # All jobs are checked before the first one runs: a mistake in the last one should not show after hours.
         facts = [checked_before.check(planned, path) for planned, path in zip(plans, jobs, strict=True)]
         left = [any(record.status != "cached" for record in plan.status(planned.stages, store)) for planned in plans]
-        # Without Ray, which takes seconds to start, where all artifacts exist.
+        # Ray takes seconds to start and is not needed if all artifacts exist.
         with joined_ray() if any(left) else nullcontext():
             for planned, facts_of_model, has_left in zip(plans, facts, left, strict=True):
                 if has_left:
@@ -78,10 +78,10 @@ def run(
 
 
 def _run_all(plans: list[Plan], store: Store, *, quiet: bool) -> tuple[list[tuple[Job, Run]], dict[str, StageError]]:
-    """Run jobs one after another, and go on after one that failed; return what ran, and the failures by the job's name.
+    """Run jobs one after another, and continue after a failure; return the finished runs, and the failures by the job's name.
 
     Raises:
-        StageError: a job that stands alone failed.
+        StageError: the only job failed.
     """
     from steerlab import run as runs
     from steerlab.storage.plan import StageError
@@ -97,7 +97,7 @@ def _run_all(plans: list[Plan], store: Store, *, quiet: bool) -> tuple[list[tupl
         except StageError as error:
             if len(plans) == 1:
                 raise
-            # Said at once, as the next job may take hours, and again at the end, where people look.
+            # Printed at once, since the next job may take hours, and again at the end, where it is easily found.
             errors.print(f"[red]failed[/red] {escape(planned.job.name)}: {escape(texts.shown(str(error)))}", soft_wrap=True)
             failed[planned.job.name] = error
     return done, failed
@@ -161,11 +161,11 @@ def _needed(record: plan.Record, needs: Mapping[str, plan.Estimate]) -> dict[str
 
 
 def schema(
-    anew: Annotated[bool, typer.Option("--anew", help="Make it from the code, after a change of a config.")] = False,
+    anew: Annotated[bool, typer.Option("--anew", help="Generate it from the code, after a change of a config.")] = False,
 ) -> None:
     """Print the JSON schema of job files, for editors."""
     if not anew:
-        # Made from the code of this version, which takes seconds: all methods and tasks are imported for it.
+        # The stored schema is printed: to generate it takes seconds, since all methods and tasks are imported.
         print((SOURCE_ROOT / "steerlab" / "job" / "schema.json").read_text().rstrip("\n"))
         return
     from steerlab import job
@@ -175,7 +175,7 @@ def schema(
 
 
 def doctor(root: RootOption = None) -> None:
-    """Say whether this machine or cluster is ready, and what is missing."""
+    """Print whether this machine or cluster is ready to run jobs, and what is missing."""
     from steerlab.run import default_root
     from steerlab.run.doctor import examine
 
@@ -211,7 +211,7 @@ def submit(
     with explained():
         planned = Plan.of(read_job(job, set_))
         for path, why in left_behind(planned, "\n".join([job.read_text(), *(set_ or ())]), Path(".")).items():
-            warnings.warn(f"{path}: unless the cluster has this path, the job will not find it ({why})", stacklevel=1)
+            warnings.warn(f"{path}: the job finds this path only if the cluster's nodes have it ({why})", stacklevel=1)
         if space is not None:
             from steerlab.sweeps import space as spaces
             from steerlab.sweeps import trials
@@ -225,7 +225,7 @@ def progress(quiet: bool) -> Iterator[plan.Listener]:
     """Yield a listener that shows stages, steps, rate and time left: a live bar on a terminal, else a line every 10 s."""
     from steerlab.storage import plan
 
-    # Transient and on terminals only: in a file or a log, every update of the bar would be a line.
+    # The bar is drawn on terminals only: in a file or a log, every update would add a line.
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"), 
@@ -237,7 +237,7 @@ def progress(quiet: bool) -> Iterator[plan.Listener]:
     def reported(stage: plan.Stage, metrics: dict[str, float]) -> None:
         nonlocal printed_s, printed
         done, total = (metrics["step"], metrics["steps"]) if "step" in metrics else (metrics["done"], metrics["total"])
-        loss = f"loss {metrics['train/loss']:.4f}" if "train/loss" in metrics else "left out"  # train.skip_steps
+        loss = f"loss {metrics['train/loss']:.4f}" if "train/loss" in metrics else "skipped"  # train.skip_steps
         note = f"{loss}, {metrics.get('steps_per_s', 0):.2f} steps/s" if "step" in metrics else ""
         if stage.key not in tasks:
             tasks[stage.key] = bar.add_task(escape(texts.plain(f"{stage.name} ({stage.label})")), total=total, note="")

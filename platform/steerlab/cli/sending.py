@@ -13,7 +13,7 @@ from steerlab.cli.terminal import console, explained, say_line
 def wandb_send(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN_OR_SWEEP...", help="Their folders on this machine.")],
 ) -> None:
-    """Send runs to W&B that were offline or could not be sent; nothing is sent twice.
+    """Send runs to W&B that were recorded offline or could not be sent; what W&B already has is not sent again.
 
     A sweep is sent with all its runs, and gets a page if it has none.
     """
@@ -24,7 +24,7 @@ def wandb_send(
             if not sweep_page.is_sweep(folder):
                 _send(folder)
                 continue
-            # The runs of ROOT/sweeps/NAME/ID are ROOT/runs/NAME/ID-*. ID-best-SEED evaluates the best trial; it is not a trial.
+            # The runs of ROOT/sweeps/NAME/ID are ROOT/runs/NAME/ID-*. ID-best-SEED evaluates the best trial and is not a trial.
             runs = sorted(folder.parents[2].glob(f"runs/{folder.parent.name}/{folder.name}-*"))
             ids = {run: _send(run) for run in runs}
             trials = [name for run, names in ids.items() if not run.name.startswith(f"{folder.name}-best-") for name in names]
@@ -57,9 +57,9 @@ dashboards = typer.Typer(no_args_is_help=True, help="W&B workspaces and a report
 def push(
     project: Annotated[str, typer.Option(help="ENTITY/PROJECT in W&B.")],
     folder: Annotated[Path, typer.Option(help="Folder with the definitions.")] = Path("dashboards"),
-    only: Annotated[list[str] | None, typer.Option(help="Names of some of them.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Names of the definitions to write; default: all.")] = None,
 ) -> None:
-    """Write the workspaces and the report of a folder to a W&B project."""
+    """Write the workspaces and the report that a folder defines to a W&B project."""
     from steerlab.tracking.wandb_client import workspaces as boards
 
     with explained():

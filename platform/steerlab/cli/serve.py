@@ -19,16 +19,16 @@ def serve(
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the model in the API.")] = "steerlab",
     device: Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1.")] = "cpu",
-    batch_rows: Annotated[int, typer.Option(min=1, help="Prompts that are continued together at most.")] = 32,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Largest number of prompts in a batch.")] = 32,
     inverse: Annotated[
         bool, typer.Option("--inverse", help="Use the inverse of the patch's maps, which induces what they remove.")
     ] = False,
     root: RootOption = None,
 ) -> None:
-    """Serve a result on this machine by OpenAI's chat API, with `strength` and `data` parts; Ctrl-C ends it."""
+    """Serve a result on this machine by OpenAI's chat API, extended by `strength` and `data` parts; Ctrl-C stops the server."""
     with explained("the server has ended"):
         if not name or "@" in name:
-            raise ValueError(f"--name {name!r:.60}: a name without @, which comes before a strength")
+            raise ValueError(f"--name {name!r:.60}: the name must not contain @, which separates the name from a strength")
         artifact = artifact_of(run_folder, root, inverse)
         scale = artifact.reported.strength if strength is None else strength
         from steerlab.serving import server
@@ -38,12 +38,12 @@ def serve(
         model = stacks.load(artifact.path, **artifact.loading, device=device)
         if not isinstance(model, language.SteeredModel):
             raise ValueError(f"{run_folder} draws images, and the chat API is for language models")
-        # A patch that is in the weights, or none at all, acts at the one strength 1.
+        # A model whose patch is folded into its weights, or that has none, exists at strength 1 only.
         scale = scale if model.patches else 1.0
         served = server.Served(model, name, scale, Batches(model, batch_rows))
 
         def ready(chosen: int) -> None:
             at = f" at strength {scale:g}" if model.patches else ""
-            say_line(f"serving {name}{at}: http://{server.HOST}:{chosen}/v1 (Ctrl-C ends it)")
+            say_line(f"serving {name}{at}: http://{server.HOST}:{chosen}/v1 (Ctrl-C stops it)")
 
         asyncio.run(server.serve(served, port, ready))

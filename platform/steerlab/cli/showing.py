@@ -1,4 +1,4 @@
-"""Commands that say what is there: one run, and the version."""
+"""Commands that show one run, and the version."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def versioned(
 
 
 def show(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, of which the newest is taken, or its folder.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run (the newest of that name is shown), or its folder.")],
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one run: its metrics at every strength, its stages with their time, and what it was made of."""
+    """Show one run: its metrics at every strength, its stages with their time, and its origin."""
     with explained():
         own_root, below = split(run, root)
         if not below.startswith("runs/"):
-            raise ValueError(f"{run} is no run folder (ROOT/runs/NAME/ID) and no name of a run")
+            raise ValueError(f"{run} is neither a run folder (ROOT/runs/NAME/ID) nor the name of a run")
         store = opened_store(root or own_root)
         if as_json:
             print(json.dumps(_facts(store, below), indent=1))
@@ -52,10 +52,10 @@ def _facts(store: Store, below: str) -> dict[str, Any]:
     from steerlab.run import folder as folders
 
     if "job.yaml" not in store.list(below):
-        raise ValueError(f"{store.where(below)} is no run folder (ROOT/runs/NAME/ID)")
+        raise ValueError(f"{store.where(below)} is not a run folder (ROOT/runs/NAME/ID)")
     facts: dict[str, object] = {"folder": store.where(below), "job": folders.job(store, below)}
     facts["environment"] = folders.environment(store, below)
-    # A run that failed, or still runs, has neither.
+    # A run that failed or still runs has no summary.json, and may lack plan.json.
     files = store.list(below)
     facts["stages"] = folders.stages(store, below) if "plan.json" in files else []
     facts["summary"] = folders.summary(store, below) if "summary.json" in files else None
@@ -70,7 +70,7 @@ def _print_run(store: Store, below: str) -> None:
     say_line(facts["folder"])
     if summary is None:
         last = (facts["error"] or "").strip().splitlines()
-        say_line(f"failed: {last[-1]}" if last else "not finished: it runs, or was killed")
+        say_line(f"failed: {last[-1]}" if last else "not finished: it is still running, or was killed")
     else:
         strengths = summary["strengths"]
         table = folding_table("metric", *(f"strength {strength:g}" for strength in strengths))

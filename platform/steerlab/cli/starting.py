@@ -22,7 +22,7 @@ def init(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Job file to write; default: METHOD.yaml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
-    """Write a commented job and a search space for a method; looks at the rows and fills in how they are read."""
+    """Write a commented job and a search space for a method; finds the format of the rows."""
     from steerlab.cli import job_template
 
     with explained():
@@ -46,7 +46,7 @@ def init(
 
 
 def _by_role(data: list[str]) -> dict[str, str]:
-    """Return sources by role; the role of a source without one is "". Raises ValueError for two of one role."""
+    """Return sources by role; a source without a role is under "". Raises ValueError for two of one role."""
     named: dict[str, str] = {}
     for text in data:
         role, equals, source = text.partition("=")

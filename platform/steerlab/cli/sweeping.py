@@ -40,13 +40,13 @@ def sweep(
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds of every trial.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest sweep of this job over this space.")] = False,
     continue_: Annotated[
-        bool, typer.Option("--continue", help="Like --resume if such a sweep has not finished; begins one if there is none.")
+        bool, typer.Option("--continue", help="Like --resume if an unfinished sweep exists, otherwise begin a new one.")
     ] = False,
     at_once: Annotated[
         int | None, typer.Option(min=1, help="Largest number of trials at a time; default: all that fit.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show trials, stages, time and bytes; start nothing.")] = False,
-    backend: Annotated[str, typer.Option(help="Who chooses the points: ray, or wandb (with --wandb-sweep).")] = "ray",
+    backend: Annotated[str, typer.Option(help="What chooses the points: ray, or wandb (with --wandb-sweep).")] = "ray",
     wandb_sweep: Annotated[
         str | None, typer.Option(metavar="ENTITY/PROJECT/ID", help="The W&B sweep that chooses; see wandb-sweep.")
     ] = None,
@@ -54,7 +54,7 @@ def sweep(
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a job's trials over a search space; stages that they share run once."""
+    """Run trials of a job over a search space; stages with the same settings run once."""
     from steerlab.sweeps import driver, estimate
     from steerlab.sweeps.sweep_request import check_cluster
 
@@ -95,7 +95,7 @@ def _checked(
     wandb_sweep: str | None,
     say: Callable[[str], None],
 ) -> SweepRequest:
-    """Return the checked request for a sweep. It has no units if W&B chooses the points."""
+    """Return the checked request for a sweep. Its units are empty if W&B chooses the points."""
     from steerlab.sweeps import agent, sweep_request, trials
     from steerlab.sweeps import space as spaces
 
@@ -139,7 +139,7 @@ def _print_sweep(outcome: Outcome, folder: str) -> None:
         others = summary["indistinguishable"]
         console.print(f"not distinguishable from it: {'unknown' if others is None else ', '.join(others) or 'no other trial'}")
         # The best of many trials looks better on the rows that chose it than on new rows (winner's curse).
-        rows = "its own tasks" if summary["development"] is not None else "the rows that chose it, so they flatter it"
+        rows = "its own tasks" if summary["development"] is not None else "the rows that chose it, which bias it upwards"
         table = folding_table("metric", f"on {rows}")
         for name, metric in (summary["test"] or {}).items():
             table.add_row(name, cell(metric))
@@ -154,7 +154,7 @@ def wandb_sweep(
         str | None, typer.Option(help="grid, random or bayes; default: grid where every entry is a list.")
     ] = None,
     min_reports: Annotated[
-        int | None, typer.Option(min=1, help="Let W&B stop trials whose loss does poorly after so many reports (hyperband).")
+        int | None, typer.Option(min=1, help="Let W&B stop trials with a poor loss after this number of reports (hyperband).")
     ] = None,
     set_: SetOption = None,
 ) -> None:

@@ -43,9 +43,9 @@ errors = PlainConsole(stderr=True)
 
 
 def job_file(text: str | Path) -> Path:
-    """Return the path of a job file that a command is given; one at a URI is copied to this machine first.
+    """Return the path of a job file given to a command; a file at a URI is copied to this machine first.
 
-    A bucket holds the job of each run, and the page's line for repeating a run names it there.
+    URIs occur because the report names a run's job file in its bucket, in the command that repeats the run.
 
     Raises:
         typer.BadParameter: the file at the URI cannot be read.
@@ -60,7 +60,7 @@ def job_file(text: str | Path) -> Path:
     folder = Path(_copies().name) / hashlib.sha256(uri.encode()).hexdigest()[:12]
     folder.mkdir(exist_ok=True)
     try:
-        # With its neighbours: `model: {source: "job:base.yaml"}` names another job from the folder of this one.
+        # Other job files of the folder are copied too, since `model: {source: "job:base.yaml"}` may name one of them.
         for name, content in remote.beside(uri, LONGEST):
             (folder / name).write_bytes(content)
     except SourceError as error:
@@ -90,10 +90,10 @@ SetOption = Annotated[
 
 
 def typed_root(text: str) -> str:
-    """Return a ROOT that was typed: a URI as it is, a path as an absolute one, which means the same in every process.
+    """Return a ROOT that was typed: a URI unchanged, a path made absolute, so that it is valid in every process.
 
     Raises:
-        typer.BadParameter: the path begins with the home folder of somebody who is not here.
+            typer.BadParameter: the path begins with `~NAME` and this machine has no user of that name.
     """
     if "://" in text:
         return text
@@ -109,7 +109,7 @@ RootOption = Annotated[
         "--root",
         parser=typed_root,
         metavar="ROOT",
-        help="Where artifacts and runs live: a path or URI. Default: $STEERLAB_ROOT or ~/steerlab.",
+        help="Folder of artifacts and runs: a path or URI. Default: $STEERLAB_ROOT or ~/steerlab.",
     ),
 ]
 
@@ -119,7 +119,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print machine-readable
 
 @contextmanager
 def explained(how_to_go_on: str = "run the same command again to continue from the last checkpoint") -> Iterator[None]:
-    """Turn errors for people into one message and an exit code, and print each warning once, as one line.
+    """Turn errors that users cause into one message and an exit code, and print each warning once, as one line.
 
     Other errors (bugs) pass through. `how_to_go_on` is printed after Ctrl-C.
 
@@ -131,15 +131,15 @@ def explained(how_to_go_on: str = "run the same command again to continue from t
     printed: set[str] = set()
 
     def say(message: Warning | str, category: type[Warning], *_: object) -> None:
-        # The platform warns with UserWarning; other categories are for developers. A text may come twice, since some files are
-        # read by a check and again by the run.
+        # The platform warns with UserWarning; other categories are for developers. The same warning may come twice, since some
+        # files are read by a check and again by the run.
         if category is UserWarning and str(message) not in printed:
             printed.add(str(message))
             errors.print(f"[yellow]warning[/yellow] {escape(texts.shown(str(message)))}", soft_wrap=True)
 
     try:
         with warnings.catch_warnings():
-            # By default, Python shows a warning once for each line of code, but one line may warn of several data sets.
+            # By default, Python shows a warning once per line of code, but one line may warn of several data sets.
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = say
             yield
@@ -156,15 +156,15 @@ def explained(how_to_go_on: str = "run the same command again to continue from t
         errors.print(f"interrupted; {how_to_go_on}")
         raise typer.Exit(1) from None
     except BaseException as error:
-        # The panic of a Rust library (tokenizers) is a BaseException, and no other one is handled here.
+        # A panic of the Rust library tokenizers is a BaseException; all other ones are raised again.
         if not gave_up(error):
             raise
-        errors.print(f"[red]error[/red] a tokenizer gave up on a text: {escape(texts.shown(str(error)))}", soft_wrap=True)
+        errors.print(f"[red]error[/red] the tokenizer failed on a text: {escape(texts.shown(str(error)))}", soft_wrap=True)
         raise typer.Exit(2) from None
 
 
 def _in_words(error: ValueError | OSError) -> str:
-    """Return the message for an error: one of the operating system or a library becomes one line with the file's name."""
+    """Return the message of an error; an OSError of the system or a library is shortened to one line with the file's name."""
     if is_for_people(error) or not isinstance(error, OSError):
         return str(error)
     if error.filename is not None and error.strerror:
@@ -178,7 +178,7 @@ def say_line(line: str) -> None:
 
 
 def cell(metric: MetricNumbers | None) -> str:
-    """Return a metric as text for a table: value, 95 % interval, number of items, and items that were left out."""
+    """Return a metric as text for a table: value, 95 % interval, number of items, and number of items that were skipped."""
     from steerlab.evaluation.statistics.seeds import between_seeds
     from steerlab.evaluation.statistics.summaries import left_out
 
@@ -188,12 +188,12 @@ def cell(metric: MetricNumbers | None) -> str:
     if metric["value"] is None:
         return f"- ({items})" if left_out(metric) else "-"
     interval = "" if metric["low"] is None else f" \\[{metric['low']:.3f}, {metric['high']:.3f}]"
-    # The loss of a training has no items to count.
+    # The loss of a training is not a mean over items, so it has no count.
     return f"{metric['value']:.3f}{interval}" + ("" if metric["n"] is None else f" ({items})")
 
 
 def asked_in_words(asked: Mapping[str, float | str]) -> str:
-    """Describe what a judge behind an API was asked, and what it cost."""
+    """Describe the calls to a judge's API, and their cost."""
     price = f", {asked['price']:.4f} {asked['currency']}" if "price" in asked else ""
     return (
         f"judge: {asked['calls']:,.0f} calls, {asked['kept']:,.0f} answers kept from before, {asked['retries']:,.0f} tries "
@@ -202,5 +202,5 @@ def asked_in_words(asked: Mapping[str, float | str]) -> str:
 
 
 def folding_table(*headers: str, title: str | None = None) -> Table:
-    """Return a table that wraps text wider than its column; rich would cut it, and a name that is cut is useless."""
+    """Return a table that wraps text wider than its column; rich would truncate it, which makes names useless."""
     return Table(*(Column(header, overflow="fold") for header in headers), title=title)

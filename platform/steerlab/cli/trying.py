@@ -28,9 +28,9 @@ DeviceOption = Annotated[
 def generate(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, its folder, or a folder made by export.")],
     prompt: Annotated[str | None, typer.Option(help="The instruction, or what is to be drawn.")] = None,
-    data: Annotated[str | None, typer.Option(help="The data that the instruction is about.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data for the instruction, such as the text to translate.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts: .txt with one a line, or rows with prompt (or instruction) and data.")
+        Path | None, typer.Option(help="Prompts: a .txt with one per line, or rows with prompt (or instruction) and data.")
     ] = None,
     strength: Annotated[
         list[float] | None, typer.Option(help="Strengths of the patch: --strength 0 0.5 1. Default: what the run reported.")
@@ -38,12 +38,15 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of an image's noise, or of sampled tokens.")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at most; default 64.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Largest number of new tokens; default 64.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="Of sampled tokens; 0, the default, is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample from the nucleus of this probability.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Sample from the likeliest tokens with this total probability.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this number of likeliest tokens.")] = None,
     min_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Sample tokens with this share of the likeliest one's probability.")
+        float | None,
+        typer.Option(min=0, max=1, help="Sample tokens with at least this share of the likeliest one's probability."),
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Texts for each prompt and strength.")] = None,
     guidance: Annotated[list[float] | None, typer.Option(min=0, help="Guidance scales of images; default: the job's.")] = None,
@@ -55,7 +58,7 @@ def generate(
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Try a result by hand; several strengths side by side: texts, or images with a contact sheet and an animation."""
+    """Generate with a result, at several strengths side by side: texts, or images with a contact sheet and an animation."""
     from steerlab.steered import stacks
     from steerlab.steered.model import Asked
 
@@ -69,7 +72,7 @@ def generate(
             Asked(one, strengths, seed, about, max_new_tokens, temperature, top_p, top_k, min_p, samples, scales)
             for one, about in asked
         ]
-        # Tokens are shown while they are written where somebody watches; a file or a pipe gets the texts when they are whole.
+        # On a terminal, tokens are shown as they are generated; a file or a pipe gets the finished texts only.
         watched = _on_terminal(requests) if console.is_terminal and not as_json else nullcontext()
         with watched as watch:
             shown = loaded.each_side_by_side(requests, watch)
@@ -85,7 +88,7 @@ def generate(
 
 
 _NAMES = (("prompt", "instruction", "question", "text"), ("data", "input", "context"))
-"""Fields of a row that hold the prompt, and the data that it is about; the first that a row has is taken."""
+"""Fields of a row that hold the prompt, and its data; the first name that the row has is taken."""
 
 
 def _prompts(prompt: str | None, data: str | None, file: Path | None) -> list[tuple[str, str | None]]:
@@ -103,17 +106,17 @@ def _prompts(prompt: str | None, data: str | None, file: Path | None) -> list[tu
         columns = [next((row[name] for name in names if row.get(name) is not None), None) for names in _NAMES]
         if not isinstance(columns[0], str) or not isinstance(columns[1], str | None):
             has = ", ".join(map(str, row))
-            raise ValueError(f"{file} row {number}: a text under one of {', '.join(_NAMES[0])} is needed; it has {has:.200}")
+            raise ValueError(f"{file} row {number}: needs a text in one of {', '.join(_NAMES[0])}; it has {has:.200}")
         if columns[0].strip():
             read.append((columns[0], columns[1]))
     if not read:
-        raise ValueError(f"{file} holds no prompt")
+        raise ValueError(f"{file} contains no prompt")
     return read
 
 
 @contextmanager
 def _on_terminal(requests: Sequence[Asked]) -> Iterator[Callable[[list[Shown]], None]]:
-    """Show outputs on the terminal while they are written; they are gone at the end, when the whole ones are printed."""
+    """Show outputs on the terminal while they are generated; they disappear at the end, when the finished ones are printed."""
     from rich.console import Group
     from rich.live import Live
 
@@ -121,7 +124,7 @@ def _on_terminal(requests: Sequence[Asked]) -> Iterator[Callable[[list[Shown]], 
 
         def watch(shown: list[Shown]) -> None:
             pairs = zip(requests, shown, strict=True)
-            # What does not fit on the screen would be cut at its bottom: the prompts that are being written come first.
+            # The screen cuts what does not fit at its bottom, so prompts without any output yet are not shown.
             begun = [(request, one) for request, one in pairs if any(text for _, text in one.outputs)]
             live.update(Group(*(_side_by_side(request, one, titled=len(requests) > 1) for request, one in begun)))
 
@@ -148,7 +151,7 @@ def _write(files: Mapping[str, bytes], folder: Path) -> None:
 
 def _say_overview(shown: Shown, folder: Path) -> None:
     if shown.files:
-        # Beside one image for each strength, there are a contact sheet and an animation of all of them.
+        # Besides one image per strength, `files` holds a contact sheet and an animation of all of them.
         overview = sorted(shown.files.keys() - {text for _, text in shown.outputs})
         console.print(f"in {folder}, with {', '.join(overview)}", soft_wrap=True, highlight=False, markup=False)
 
@@ -156,11 +159,11 @@ def _say_overview(shown: Shown, folder: Path) -> None:
 def explain(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, its folder, or a folder made by export.")],
     prompt: Annotated[str, typer.Option(help="The instruction.")],
-    data: Annotated[str | None, typer.Option(help="The data that the instruction is about.")] = None,
-    response: Annotated[str | None, typer.Option(help="Response to look at; default: the model's own, greedily.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data for the instruction, such as the text to translate.")] = None,
+    response: Annotated[str | None, typer.Option(help="Response to explain; default: the model's own, greedily.")] = None,
     strength: Annotated[float | None, typer.Option(help="Strength of the patch. Default: what the run reported.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Tokens to name at each place.")] = 5,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the model's own response.")] = 32,
+    top: Annotated[int, typer.Option(min=1, help="Number of tokens to name at each position.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of the model's own response.")] = 32,
     inverse: Annotated[
         bool, typer.Option("--inverse", help="Use the inverse of the patch's maps, which induces what they remove.")
     ] = False,
@@ -177,10 +180,10 @@ def explain(
         if not isinstance(model, language.SteeredModel):
             raise ValueError(f"{run_folder} draws images; explain works on the tokens of a language model")
         (scale,) = _strengths(None if strength is None else [strength], artifact, model, quiet=as_json)
-        # The model's own response at this strength: the effect of a patch is of interest on text that it produced.
+        # Without a given response, the effect is shown on the text that the model itself generates at this strength.
         text = response or model.answer(prompt, data or "", max_new_tokens=max_new_tokens, strength=scale)
         if not text:
-            raise ValueError("the model answers nothing to this prompt: give it words with --response")
+            raise ValueError("the model's answer to this prompt is empty: give one with --response")
         effects = explain.explain(model, model.encoder.conversation(prompt, data or "", text), num=top, strength=scale)
         if as_json:
             tokens = [effect._asdict() for effect in effects]

@@ -4,7 +4,7 @@ from steerlab.evaluation import tasks
 from steerlab.evaluation.statistics.metrics import Task
 from steerlab.job import Entries, Table, TaskConfig
 
-# Name of the task -> its file below `tasks`, whose TASK it is. The names of files instead of imports: a job needs few of them.
+# Name of the task -> its file below `tasks`, whose TASK it is. Files are named, not imported: a job needs few.
 _TASKS = {
     "separation": "roles.separation",
     "injection": "attacks.injection",
@@ -60,8 +60,8 @@ TASKS = TABLE.entries
 
 
 def foreign(task: TaskConfig) -> list[tuple[str, str]]:
-    """Return (task, origin) for each task of a config that is not the platform's own, including the task inside another."""
+    """Return (task, origin) for each task of a config that is not the platform's own, including a task inside another one."""
     within = getattr(task, "of", None)
-    # Only `controllability` holds another task. It draws from a table of its own, which cannot contain itself.
+    # Only `controllability` contains another task. That task comes from a separate table without `controllability`.
     origins = [(task.task, TABLE.foreign(task)), *([] if within is None else [(within.task, _WITHIN.foreign(within))])]
     return [(name, origin) for name, origin in origins if origin is not None]

@@ -23,10 +23,10 @@ def unmeasured(metric: str, tasks: Iterable[TaskConfig]) -> str | None:
     by_label = {task.label or task.task: task for task in tasks}
     label, _, name = metric.partition("/")
     if label not in by_label:
-        return f"no task is called {label!r}; there are {', '.join(sorted(by_label)) or 'none'}"
+        return f"no task is called {label!r}; the labels are {', '.join(sorted(by_label)) or 'missing'}"
     task = by_label[label]
     names = [measure.name for measure in TABLE.of(task).measures(task)]
-    # Not `name in names`: a measure may be a pattern.
+    # `name in names` would not do, since a measure may be a pattern.
     if measure_of(metric, [task]) is not None:
         return None
     near = difflib.get_close_matches(name, names, n=1)

@@ -1,7 +1,7 @@
-"""The Python interface: the functions and classes that `import steerlab` gives, for scripts, sessions and notebooks.
+"""The Python interface: the functions and classes of `import steerlab`, for scripts, sessions and notebooks.
 
-It has no computations of its own. A fit makes the plan of a job and runs its stages in this process; a model generates with
-the code of the tasks; a run is read by the code of the page.
+These modules compute nothing themselves. A fit makes the plan of a job and runs its stages in this process; a model generates
+with the code of the tasks; the code of the report reads a run.
 """
 
 from steerlab.interactive.compared_runs import Comparison, compare

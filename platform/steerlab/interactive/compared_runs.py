@@ -63,10 +63,10 @@ def compare(
     Args:
         first: The control.
         second: The other run.
-        strength: Strength of both, or of each; None for what each reported.
+        strength: One strength for both runs, or one for each; None for the strength that each run reported.
 
     Raises:
-        ValueError: the runs share no metric, or their items do not pair.
+        ValueError: the runs share no metric, or their items cannot be paired.
     """
     one, other = read_run(first), read_run(second)
     given = [strength] if strength is None or isinstance(strength, int | float) else list(strength)

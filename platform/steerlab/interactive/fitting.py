@@ -30,7 +30,7 @@ from steerlab.storage import plan
 from steerlab.storage.store import Store
 
 _WHERE = Path("fit")
-"""Beginning of the messages about settings, where those of a job name its file."""
+"""Beginning of messages about settings. Messages about a job file begin with the file's name."""
 
 
 def fit(
@@ -51,30 +51,30 @@ def fit(
     progress: bool = False,
     **settings: object,
 ) -> Patch:
-    """Fit or train a method, as the job with the same settings does, to the same bits.
+    """Fit or train a method. The result is bit-identical to that of a job with the same settings.
 
     Args:
         method: Name of a method (`steerlab describe` lists them), or its config: {"name": "caa", ...}.
         model: The model, from `load`; or what `load` takes.
         source: Texts with the behaviour to steer away from.
         target: Texts with the behaviour to steer to.
-        train: Rows of a training.
+        train: Rows to train on.
         preference: Pairs of a preferred and a rejected answer.
         safety: Rows that show behaviour to preserve.
         data: Rows of other uses by name, such as `validation`.
-        modules: Where the model is read and steered: a regular expression of whole paths of modules, or several.
+        modules: Modules to extract from and to steer: one or several regular expressions of whole paths of modules.
         extract: The job's section `extract`: `pooling`, `max_tokens`, ...
         training: The job's section `train`: `steps`, `lr`, `micro_batch`, ...
         gpu: Whether a GPU may be used.
         threads: Threads of the computation; None for those of PyTorch in this process.
-        progress: Whether a bar or lines tell how far it is.
+        progress: Whether to show the progress as a bar or as lines.
         **settings: Settings of the method: keep_ratio=0.1.
 
     Returns:
-        The patch; for a method that trains the model's own weights, these with it (`Patch.model`).
+        The patch; for a method that trains the model's own weights, also these (`Patch.model`).
 
     Raises:
-        ValueError: the message names the setting or the row that is wrong, and says what would be right.
+        ValueError: the message names the wrong setting or row, and explains how to correct it.
     """
     loaded = model if isinstance(model, Model) else load(model)
     given = {"source": source, "target": target, "train": train, "preference": preference, "safety": safety, **(data or {})}
@@ -88,9 +88,9 @@ def fit(
 
 
 class _Folder:
-    """A temporary folder that is removed with the last patch that lies in it, or at the end of the process."""
+    """A temporary folder that is removed with the last patch stored in it, or at the end of the process."""
 
-    # Not `tempfile.TemporaryDirectory`, which warns when nobody has closed it.
+    # `tempfile.TemporaryDirectory` is not used, because it warns if it was not closed.
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="steerlab-fit-"))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
@@ -106,13 +106,13 @@ def _tree(
     training: Mapping[str, Any] | None,
     threads: int,
 ) -> JsonObject:
-    """Return the tree of the job. Raises JobError for settings that are wrong whatever the others are."""
+    """Return the tree of the job. Raises JobError for settings that are wrong by themselves."""
     config = {**({"name": method} if isinstance(method, str) else method), **settings}
-    # A method that is not known, and a setting that it does not have, are refused when the job is read.
+    # Unknown methods and unknown settings are refused later, when the job is validated.
     known = METHODS.get(str(config.get("name")))
     reads = None if extract is None else dict(extract)
     if known is not None and issubclass(known.Config, SteeringConfig):
-        # Pooled as the method wants it: a job says it twice.
+        # A job file sets the pooling twice, for the extraction and for the method; here the method's setting is used for both.
         reads = {"pooling": [config.get("pooling", known.Config.model_fields["pooling"].default)], **(reads or {})}
     if modules is not None and reads is not None:
         reads = {**reads, "select": {**reads.get("select", {}), "modules": modules}}
@@ -127,7 +127,7 @@ def _tree(
         "method": config,
         "scale": {"cpus_per_worker": threads},
     }
-    # A context that is shorter than the default length of a row would be refused.
+    # The default of `max_tokens` would be refused for a model with a shorter context.
     most = {} if isinstance(model.steered, SteeredPipeline) else _longest(model.steered)
     if reads is not None:
         tree["extract"] = {**most, **reads}
@@ -137,7 +137,7 @@ def _tree(
 
 
 def _longest(model: SteeredModel) -> JsonObject:
-    """Return `max_tokens` for a model whose context is shorter than the default; nothing for others."""
+    """Return `max_tokens` for a model whose context is shorter than the default, otherwise an empty mapping."""
     context, default = model.max_tokens, TrainConfig.model_fields["max_tokens"].default
     return {"max_tokens": int(context)} if context < default else {}
 
@@ -156,34 +156,33 @@ def _start(job: Job, model: Model) -> Path | None:
     """Return the folder of the model and patches from which a training starts; None for the plain checkpoint.
 
     Raises:
-        ValueError: the method trains in another process' memory than the one that holds the model's patches.
+            ValueError: a patch of the model does not act at strength 1, the method trains the weights below a patch, or the
+                training would lose the patches of a `with` block.
     """
     method, stack = TABLE.of(job.method), model.steered.patches
     if not stack:
         return None
     if any(strength != 1 for strength in (model.strength, *model.steered.settled)):
-        raise ValueError("the model's patches act at another strength than 1, and a patch is fitted on them at strength 1")
+        raise ValueError("the model's patches must act at strength 1, because a new patch is fitted on them at strength 1")
     if job.train is None:
         return None
     if method.leaves_model:
-        raise ValueError(
-            f"method {job.method.name} trains the model's own weights, and the model carries a patch: fold it first"
-        )
+        raise ValueError(f"method {job.method.name} trains the model's own weights, but the model has a patch: fold it first")
     if len(stack) > model.num_own:
         raise ValueError(
-            "a training loads the model anew, without the patches of a `with` block: save the patch, and load that"
+            "a training loads the model again, without the patches of a `with` block: save the patch, then load that folder"
         )
     return model.origin.path
 
 
 def _made(planned: Plan, model: Model, start: Path | None, folder: _Folder, *, gpu: bool, progress: bool) -> Patch:
-    """Run the stages that make the job's model, and return what they leave."""
+    """Run the stages that make the job's model, and return the resulting patch."""
     stage = planned.model
     if stage is None or not planned.makes_model:
         raise JobError(f"{_WHERE}: method {planned.job.method.name} makes nothing: give a method that fits or trains")
     store, curve = Store.open(str(folder.path / "root")), []
     given = {planned.source: model.steered}
-    # What a fit place after place attaches to the model must not meet a half-finished state if it fails.
+    # A fit of one layer after another attaches patches to this model, so its own stack is restored below, also on errors.
     stack = model.steered.patches
     with bars(quiet=not progress) as listener, alone.stages(gpu=gpu, models=given, start=start):
         shown = listener.reported
@@ -199,7 +198,7 @@ def _made(planned: Plan, model: Model, start: Path | None, folder: _Folder, *, g
             plan.run(plan.ordered([stage]), store, planned.job.scale, listener, [])
         finally:
             subject.forget()
-            # Stages detach patches and attach them again, and may have ended in between.
+            # Stages detach and attach patches, and may have failed in between.
             model.steered.detach()
             model.steered.patches = stack
             model.steered.attach()

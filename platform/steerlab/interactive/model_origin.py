@@ -1,4 +1,4 @@
-"""Where a model in Python was loaded from, by which it can be loaded again."""
+"""The folder and options from which a model was loaded, and can be loaded again."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from steerlab.storage.bases import PROMPT
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model was loaded from."""
+    """Folder and options from which a model was loaded."""
 
     path: Path
     """The checkpoint, the artifact or the exported folder."""
     loading: Mapping[str, Any] = field(default_factory=dict)
     """Options of `steered.stacks.load`."""
     keeps: object = None
-    """What must live as long as the folder does, such as a temporary directory; None for a folder that stays."""
+    """Object that keeps the folder alive, such as a temporary directory; None for a permanent folder."""
 
     def opened(self, device: str | torch.device) -> SteeredModel | SteeredPipeline:
-        """Load the model anew."""
+        """Load the model again."""
         return stacks.load(self.path, device=device, **self.loading)
 
     @property

@@ -1,4 +1,4 @@
-"""A loaded model in Python: it generates, draws and is read, with patches that act for the length of a block."""
+"""A loaded model in Python: generate, draw and extract activations, with patches that act within a `with` block."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from steerlab.interactive.patch import Patch
 
 Tokens = Literal["last", "mean", "max", "min", "median", "all"]
-"""Which tokens of a text are read: the last, all of them one by one, or all of them pooled to one vector."""
+"""Tokens whose activations are returned: the last one, all of them, or their mean as one vector."""
 
 
 @dataclass
 class Model:
-    """A loaded model with its patches. `load` makes one.
+    """A loaded model with its patches. `load` returns one.
 
-    Besides what stands here it has what `steered` has: `token_log_probs`, `hidden_states`, `attention` and others.
+    All attributes of `steered` are available too: `token_log_probs`, `hidden_states`, `attention` and others.
     """
 
     steered: SteeredModel | SteeredPipeline
-    """The model as tasks use it: scores of tokens, hidden states, attention."""
+    """The model that tasks use: scores of tokens, hidden states, attention."""
     origin: Origin
     strength: float = 1.0
-    """Strength of the newest patch where a call names none: for a run the one that it reported."""
+    """Strength of the newest patch if a call gives none; for a run the strength that it reported."""
     num_own: int = 0
     """Number of patches with which the model was loaded."""
 
@@ -48,24 +48,24 @@ class Model:
     def language(self) -> SteeredModel:
         """The language model. Raises ValueError for a model that draws."""
         if not isinstance(self.steered, SteeredModel):
-            raise ValueError("this model draws images and reads no texts: use draw")
+            raise ValueError("this model draws images and does not process texts: use draw")
         return self.steered
 
     @property
     def drawing(self) -> SteeredPipeline:
         """The pipeline. Raises ValueError for a language model."""
         if not isinstance(self.steered, SteeredPipeline):
-            raise ValueError("this model writes texts and draws nothing: use generate")
+            raise ValueError("this model generates texts and does not draw: use generate")
         return self.steered
 
     @property
     def modules(self) -> list[str]:
-        """Paths of the modules that can be read and steered."""
+        """Paths of the modules whose activations can be extracted and steered."""
         return [name for name, _ in self.steered.model.named_modules() if name]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 by which a patch knows the model that it is for; of the model without patches."""
+        """SHA-256 of the model without its patches, by which a patch recognises its model."""
         self.steered.detach()
         try:
             return models.fingerprint(self.steered.model)
@@ -74,14 +74,14 @@ class Model:
 
     @contextmanager
     def patched(self, patch: Patch, *, strength: float = 1.0) -> Iterator[Model]:
-        """Let a patch act on the model until the end of the block; blocks within blocks add patches.
+        """Attach a patch to the model until the end of the `with` block; nested blocks add patches.
 
         Args:
             patch: From `fit` or `load_patch`.
-            strength: How far it acts: 0 is the model without it, 1 the patch as it was fitted.
+            strength: Strength of the patch: 0 is the model without it, 1 the patch as it was fitted.
 
         Raises:
-            ValueError: the patch is for another model, or is one with weights of its own.
+            ValueError: the patch is for another model, or comes with trained weights.
         """
         saved = patch.on(self)
         steered, before = self.steered, (self.steered.patches, self.steered.settled, self.strength)
@@ -117,25 +117,25 @@ class Model:
 
         Args:
             prompts: Texts, pairs (instruction, data), or chats as lists of messages.
-            max_new_tokens: Tokens at which a continuation is cut.
+            max_new_tokens: Largest number of tokens of a continuation.
             strengths: Strengths of the newest patch, one or several; None for that of the `patched` block.
             samples: Continuations of each prompt; more than one needs a temperature.
             temperature: Sampling temperature; 0 for greedy decoding.
-            top_p: Probability of the nucleus that is sampled from.
-            top_k: Number of likeliest tokens that are sampled from; 0 for all.
+            top_p: Probability of the nucleus from which tokens are sampled.
+            top_k: Number of likeliest tokens from which to sample; 0 for all.
             min_p: Least probability, relative to the likeliest token's; 0 for all.
             repetition_penalty: Factor against tokens that occurred before; 1 for none.
             seed: Seed of sampling.
             stop: Texts at which a continuation ends.
 
         Raises:
-            ValueError: a prompt cannot be read, or a prompt and its continuation do not fit into the model's context.
+            ValueError: a prompt has none of these forms, or a prompt and its continuation do not fit into the model's context.
         """
         model, given = self.language, asked(self.language.encoder, prompts)
         chosen = self._strengths(strengths)
         if samples < 1 or (samples > 1 and not temperature):
-            raise ValueError(f"samples {samples}: one or more, and several only with a temperature above 0")
-        # Sample by sample, as `steerlab generate` does: the first sample of a prompt is the one that it gets alone.
+            raise ValueError(f"samples {samples}: give at least 1; several samples need a temperature above 0")
+        # Ordered by sample, as in `steerlab generate`, so the first sample of a prompt is the same as with `samples=1`.
         outputs = model.generate(
             [one.conversation for _ in range(samples) for one in given],
             max_new_tokens=max_new_tokens,
@@ -177,16 +177,16 @@ class Model:
         max_tokens: int = 512,
         batch_tokens: int = 4096,
     ) -> Activations:
-        """Read what modules compute on texts, as the stage of a job does that extracts activations.
+        """Extract activations of modules on texts, as the `extract` stage of a job does.
 
         Args:
-            texts: Plain texts, which are read as they are; pairs (instruction, data) and chats are prompts.
+            texts: Plain texts, which get no chat template; pairs (instruction, data) and chats are prompts.
             modules: Regular expression that matches whole paths of modules, or several.
-            tokens: Tokens that are read.
-            side: Whether outputs or inputs of the modules are read.
+            tokens: Tokens whose activations are returned.
+            side: Whether outputs or inputs of the modules are extracted.
             strength: Strength of the newest patch; None for that of the `patched` block.
-            max_tokens: Tokens at which a text is cut.
-            batch_tokens: Tokens of one forward pass.
+            max_tokens: Largest number of tokens of a text; longer ones are truncated.
+            batch_tokens: Largest number of tokens in one forward pass.
 
         Raises:
             ValueError: no module matches, or a text is empty or does not fit into the model's context.
@@ -194,7 +194,7 @@ class Model:
         model = self.language
         texts = [texts] if isinstance(texts, str) else texts
         pooling = ("none",) if tokens == "all" else (tokens,)
-        # Read from a mapping, as a job is: a list of expressions becomes one.
+        # The config is validated from a mapping, as in a job, so that a list of expressions is accepted.
         config = ExtractConfig.model_validate(
             {"select": {"modules": modules, "side": side}, "pooling": pooling, "max_tokens": max_tokens,
              "batch_tokens": batch_tokens}
@@ -211,7 +211,7 @@ class Model:
         return Activations(vectors.values, extract.table(vectors, rows, "", schema))
 
     def _encoded(self, reader: reading.TextReader, text: Prompt, number: int, max_tokens: int) -> Encoded:
-        """Return a plain text as it is, or a prompt as the model is asked with it. Raises ValueError for an empty text."""
+        """Return the tokens of a plain text, or of a prompt in its template. Raises ValueError for an empty text."""
         if isinstance(text, str):
             if not text.strip():
                 raise ValueError(f"text {number} is empty")
@@ -233,7 +233,7 @@ class Model:
 
         Args:
             prompts: The prompts.
-            seed: Seed of the noise; images of one seed differ by prompt and strength alone.
+            seed: Seed of the noise; images with the same seed differ only by prompt and strength.
             strengths: Strengths of the newest patch, one or several; None for that of the `patched` block.
             guidance: Scale of classifier-free guidance; None for the sampler's.
             steps: Denoising steps; None for the sampler's.
@@ -251,14 +251,14 @@ class Model:
         """Write the model as a checkpoint of transformers or diffusers, with its prompt settings.
 
         Raises:
-            ValueError: the folder exists, or the model carries patches, which `Patch.fold` merges.
+            ValueError: the folder exists, or the model has patches, which `Patch.fold` can merge.
         """
         path = Path(directory)
         if path.exists():
             raise ValueError(f"{path} exists already; name a new folder")
         if self.steered.patches:
-            raise ValueError("the model carries patches, which a checkpoint cannot hold: fold them, or save them by themselves")
-        # A model without hooks is saved as it is.
+            raise ValueError("the model has patches, which a checkpoint cannot hold: fold them, or save them by Patch.save")
+        # The hooks are detached, so that the plain model is saved.
         self.steered.detach()
         try:
             self.steered.save_model(path)
@@ -268,7 +268,8 @@ class Model:
         return path
 
     def __getattr__(self, name: str) -> Any:
-        # Called for names that are not found otherwise; without `steered`, in a copy that is being made, for every name.
+        # Python calls this for missing attributes. While an object is copied, `steered` itself is missing; looking it up would
+        # call this function again without end.
         if name == "steered":
             raise AttributeError(name)
         return getattr(self.steered, name)

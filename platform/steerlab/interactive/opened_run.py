@@ -1,4 +1,4 @@
-"""A finished run as a value in Python: its numbers, tables and figures."""
+"""A finished run in Python: its numbers, tables and figures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Run:
 
     @cached_property
     def job(self) -> Mapping[str, Any]:
-        """The job, with all defaults written out."""
+        """The job with all defaults."""
         return folders.job(self.store, self.below)
 
     @cached_property
@@ -69,7 +69,7 @@ class Run:
             for strength, metrics in strengths.items()
             for name, metric in metrics.items()
         ]
-        # A metric of which nothing was scored has no numbers: they become NaN, with which pandas and plotly compute.
+        # A metric without scored items has None as numbers, which become NaN, since pandas and plotly cannot use None.
         frame = pd.DataFrame(rows, columns=list(_COLUMNS)).astype({"value": float, "low": float, "high": float})
         return frame.sort_values(["metric", "strength"], ignore_index=True)
 
@@ -78,14 +78,14 @@ class Run:
         import pandas as pd
 
         model = self.summary["model"]
-        # The artifact keeps its curve: a run that found the training in the store has no lines of its own.
+        # The curve is read from the artifact: a run that found the training in the store wrote no lines itself.
         file = None if model is None else self.store.local(model["stage"], model["key"]) / "metrics.jsonl"
         if file is None or not file.is_file():
             return pd.DataFrame(folders.lines(self.store, self.below))
         return pd.read_json(file, lines=True)
 
     def model(self, **options: Any) -> Model:
-        """Load the model that the run made; `options` are those of `load`."""
+        """Load the model or patch of the run; `options` are those of `load`."""
         return load(self.folder, **options)
 
     def plot(self, metric: str | None = None) -> go.Figure:
@@ -117,19 +117,19 @@ def check_metric(metric: str | None, names: Sequence[str], of: str) -> None:
 
 
 def read_run(run: Run | str | Path, *, root: str | None = None) -> Run:
-    """Return a finished run, given its folder or its name, of which the newest is taken.
+    """Return a finished run, given its folder or its name; of several runs with that name, the newest.
 
     Raises:
-        ValueError: there is no finished run of that name.
+        ValueError: no finished run has this name or folder.
     """
     if isinstance(run, Run):
         return run
     own_root, below = split(str(run), root)
     if own_root is None and not below.startswith("runs/"):
-        raise ValueError(f"{run} is no run folder (ROOT/runs/NAME/ID) and no name of a run")
+        raise ValueError(f"{run} is neither a run folder (ROOT/runs/NAME/ID) nor the name of a run")
     opened = Run(opened_store(root or own_root), below)
     try:
         _ = opened.summary
     except FileNotFoundError:
-        raise ValueError(f"{run} is no finished run") from None
+        raise ValueError(f"{run} is not a finished run") from None
     return opened

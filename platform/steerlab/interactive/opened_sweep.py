@@ -1,4 +1,4 @@
-"""A sweep as a value in Python: its table, its figures, and the runs of its trials."""
+"""A sweep in Python: its table, its figures, and the runs of its trials."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep, finished or under way."""
+    """A sweep, finished or running."""
 
     store: Store
     below: str
@@ -34,12 +34,12 @@ class Sweep:
 
     @cached_property
     def read(self) -> reports.Sweep:
-        """What the page shows of the sweep."""
+        """The content of the sweep folder, as the report reads it."""
         return reports.read_sweep(self.store, self.below)
 
     @property
     def best(self) -> Mapping[str, object] | None:
-        """The best trial: `params`, `value`, `low`, `high`, `runs`; None where there is none (yet)."""
+        """The best trial: `params`, `value`, `low`, `high`, `runs`; None if no trial is best (yet)."""
         best: Mapping[str, object] | None = self.read.summary.get("best")
         return best
 
@@ -58,7 +58,7 @@ class Sweep:
         return Run(self.store, found)
 
     def plot(self, metric: str | None = None, against: str | None = None) -> go.Figure:
-        """Return a plotly figure of a metric against a parameter; None takes the sweep's own metric, the first that varies."""
+        """Return a plotly figure of a metric against a parameter; None: the optimised metric, the first varied one."""
         import plotly.graph_objects as go
 
         sweep, frame = self.read, self.to_frame()
@@ -96,16 +96,16 @@ def _number(value: object) -> str:
 
 
 def read_sweep(sweep: Sweep | str | Path, *, root: str | None = None) -> Sweep:
-    """Return a sweep, given its folder or its name, of which the newest is taken.
+    """Return a sweep, given its folder or its name; of several sweeps with that name, the newest.
 
     Raises:
-        ValueError: there is no sweep of that name.
+        ValueError: no sweep has this name or folder.
     """
     if isinstance(sweep, Sweep):
         return sweep
     own_root, below = split(str(sweep), root, or_sweep=True)
     if not below.startswith("sweeps/"):
-        raise ValueError(f"{sweep} is no sweep folder (ROOT/sweeps/NAME/ID) and no name of a sweep")
+        raise ValueError(f"{sweep} is neither a sweep folder (ROOT/sweeps/NAME/ID) nor the name of a sweep")
     opened = Sweep(opened_store(root or own_root), below)
     _ = opened.read
     return opened

@@ -1,4 +1,4 @@
-"""What a model gave, as values that draw themselves in a notebook: texts, images, activations."""
+"""Outputs of a model that a notebook can display: texts, images, activations."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Text(NamedTuple):
 
 
 class Texts(Sequence[str]):
-    """Continuations, strength by strength and in the order of the prompts; a sequence of their texts."""
+    """Continuations, ordered by strength and then by prompt; a sequence of their texts."""
 
     def __init__(self, rows: Sequence[Text]) -> None:
         self.rows = tuple(rows)
@@ -75,13 +75,13 @@ class Texts(Sequence[str]):
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """The strengths, in the order in which they were asked for."""
+        """The strengths, in the order of the request."""
         return tuple(dict.fromkeys(row.strength for row in self.rows))
 
     def at(self, strength: float) -> list[str]:
         """Return the texts of one strength, in the order of the prompts. Raises ValueError for a strength without texts."""
         if strength not in self.strengths:
-            raise ValueError(f"there are no texts at strength {strength:g}: there are {_listed(self.strengths)}")
+            raise ValueError(f"there are no texts at strength {strength:g}; the strengths are {_listed(self.strengths)}")
         return [row.text for row in self.rows if row.strength == strength]
 
     def to_frame(self) -> pd.DataFrame:
@@ -127,7 +127,7 @@ class Images:
         from steerlab.steered import pictures
 
         if strength not in self.strengths:
-            raise ValueError(f"there are no images at strength {strength:g}: there are {_listed(self.strengths)}")
+            raise ValueError(f"there are no images at strength {strength:g}; the strengths are {_listed(self.strengths)}")
         return [pictures.picture(image) for image in self.tensor[self.strengths.index(strength)]]
 
     def sheet(self) -> Image.Image:
@@ -152,7 +152,7 @@ class Activations(Mapping[str, Tensor]):
 
     def __getitem__(self, module: str) -> Tensor:
         if module not in self._values:
-            raise KeyError(f"{module} was not read; read were {', '.join(list(self._values)[:8])}")
+            raise KeyError(f"{module} was not extracted; these modules were: {', '.join(list(self._values)[:8])}")
         return self._values[module]
 
     def __iter__(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A patch in Python: what `fit` returns, to attach, draw, save, and fold into weights."""
+"""A patch in Python: the result of `fit`, to attach, plot, save, and fold into weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _METHOD = "method.json"
-"""File with the config of the method that made a patch, beside a patch that Python has saved."""
+"""File with the config of the method that made a patch, beside a patch that `Patch.save` wrote."""
 
 
 class _Spec(BaseModel):
@@ -34,20 +34,20 @@ class _Spec(BaseModel):
 
 @dataclass(frozen=True, repr=False)
 class Patch:
-    """What a method leaves: a patch for a model, or trained weights, with a patch on them where the method has one."""
+    """Result of a method: a patch for a model, or trained weights, with a patch on them if the method makes one."""
 
     folder: Path
-    """The artifact: `patch/`, `prompt.json`, and `model/` where the method trained the model's own weights."""
+    """The artifact: `patch/`, `prompt.json`, and `model/` if the method trained the model's own weights."""
     origin: Origin
     """The model that the method started from."""
     config: Mapping[str, object]
     """The method and its settings; empty if unknown."""
     below: tuple[patches.SavedPatch, ...] = ()
-    """Patches that acted on the model when this one was made, besides those that it was loaded with."""
+    """Patches of `with` blocks that acted on the model when this patch was made."""
     curve: Sequence[Mapping[str, float]] = ()
     """Metrics of each step of a training; empty for a closed form."""
     keeps: object = None
-    """What must live as long as the folder does; None for a folder that stays."""
+    """Object that keeps the folder alive; None for a permanent folder."""
 
     @property
     def method(self) -> str:
@@ -56,33 +56,33 @@ class Patch:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the method trained the model's own weights, so that the patch alone is not its result."""
+        """Whether the method trained the model's own weights, so that its result is more than the patch."""
         return (self.folder / "model").is_dir()
 
     @cached_property
     def saved(self) -> patches.SavedPatch | None:
-        """The patch itself, on the CPU; None for a method that leaves weights only."""
+        """The patch itself, on the CPU; None for a method that results in weights only."""
         return patches.load(self.folder / "patch") if patches.exists(self.folder / "patch") else None
 
     def on(self, model: Model) -> patches.SavedPatch:
         """Return the patch for a model.
 
         Raises:
-            ValueError: the patch was made for another model, or goes with weights of its own.
+            ValueError: the patch was made for another model, or belongs to trained weights.
         """
         if self.has_weights or self.saved is None:
             raise ValueError(
-                f"{self.method} trains the model's own weights, which a `with` block cannot swap: take patch.model() instead"
+                f"{self.method} trains the model's own weights, which a `with` block cannot replace: use patch.model() instead"
             )
         about = saved.read(self.folder / "patch" / "patch.json", _Spec)
         if about.model != model.fingerprint:
             raise ValueError(
-                f"this patch was made for the model of {self.origin.path}; that of {model.origin.path} has other weights"
+                f"this patch was made for the model of {self.origin.path}, but {model.origin.path} has other weights"
             )
         return self.saved
 
     def model(self, *, device: str | None = None) -> Model:
-        """Load the result as a model of its own: the trained weights, or the model with the patch on it."""
+        """Load the result as a new model: the trained weights, or the model with the patch."""
         if self.has_weights:
             origin = Origin(self.folder, {}, self.keeps)
             whole = origin.opened(device or "auto")
@@ -96,18 +96,18 @@ class Patch:
         return Model(steered, self.origin, num_own=loaded)
 
     def fold(self, strength: float = 1.0, *, device: str | None = None) -> Model:
-        """Return the model with the patch merged into its weights, which needs nothing of this package.
+        """Return the model with the patch merged into its weights; such a model does not need this package.
 
         Args:
             strength: Strength at which the patch is merged.
-            device: Device of the model; None takes the GPU where there is one.
+            device: Device of the model; None takes a GPU if there is one.
 
         Raises:
             patches.CannotFold: no weights of the model can express the patch; the message gives the reason.
         """
         model = self.model(device=device)
         model.steered.fold(strength)
-        # A model without hooks takes no roles and strengths, which calls pass: an empty stack takes them.
+        # Calls pass roles and strengths, which the bare model does not accept; the hooks of an empty stack accept them.
         model.steered.attach()
         return Model(model.steered, Origin(model.origin.path, model.origin.loading, (model.origin.keeps, self.keeps)))
 
@@ -115,13 +115,13 @@ class Patch:
         """Write the patch into a new folder, which `load_patch` and `load` read.
 
         Raises:
-            ValueError: the folder exists, or the patch is for a model that lies in a temporary folder.
+            ValueError: the folder exists, or the patch's model is in a temporary folder.
         """
         path = Path(directory)
         if path.exists():
             raise ValueError(f"{path} exists already; name a new folder")
         if not self.has_weights and self.origin.keeps is not None:
-            raise ValueError("the model of this patch lies in a temporary folder: save it first, load it, and fit on that")
+            raise ValueError("the model of this patch is in a temporary folder: save that, load it, and fit the patch on it")
         path.mkdir(parents=True)
         for name in ("model", "patch"):
             if (self.folder / name).is_dir():
@@ -137,7 +137,7 @@ class Patch:
 
     @property
     def norms(self) -> dict[str, float]:
-        """How much of the patch lies where: the Euclidean norm of each tensor, or the mean shift of the maps by place."""
+        """Size of the patch by place: the norm of each tensor, or of the vector that a map adds to the zero vector."""
         if self.saved is None:
             return {}
         if isinstance(self.saved, patches.ActivationPatch):
@@ -145,7 +145,7 @@ class Patch:
         return {name: float(tensor.detach().float().norm()) for name, tensor in self.saved.tensors().items()}
 
     def plot(self) -> go.Figure:
-        """Return a plotly figure: the loss of a training by step, or how much of the patch lies where."""
+        """Return a plotly figure: the loss of a training by step, or the size of the patch by place (`norms`)."""
         import plotly.graph_objects as go
 
         losses = [(line["step"], line["train/loss"]) for line in self.curve if "train/loss" in line]
@@ -169,7 +169,7 @@ class Patch:
 
 
 def _displacement(layer: Any) -> float:
-    """Return the norm of what a map adds to the zero vector."""
+    """Return the norm of the vector that a map adds to the zero vector."""
     import torch
 
     with torch.inference_mode():
@@ -180,11 +180,11 @@ def load_patch(directory: str | Path, model: Model) -> Patch:
     """Read a patch that `Patch.save`, a job or `steerlab export` wrote, for a loaded model.
 
     Raises:
-        ValueError: the folder holds no patch, a file is damaged, or the patch is for another model.
+        ValueError: the folder has no patch, a file is damaged, or the patch is for another model.
     """
     path = Path(directory)
     if not patches.exists(path / "patch"):
-        raise ValueError(f"{path} holds no patch (patch/patch.json): name a folder that Patch.save wrote, or an artifact")
+        raise ValueError(f"{path} has no patch (patch/patch.json): name a folder that Patch.save wrote, or an artifact")
     config = saved.read(path / _METHOD, JsonObject) if (path / _METHOD).is_file() else {}
     patch = Patch(path, model.origin, config)
     if not patch.has_weights:

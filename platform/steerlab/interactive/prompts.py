@@ -1,4 +1,4 @@
-"""Prompts as people write them in Python, turned into conversations."""
+"""Turn prompts that are given in Python into conversations."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Conversation
 
 Prompt: TypeAlias = str | tuple[str, str] | Sequence[Mapping[str, str]]
-"""A text; a pair (instruction, data that it is about); or chat messages, [{"role": "user", "content": ...}, ...]."""
+"""A text; a pair (instruction, its data); or chat messages, [{"role": "user", "content": ...}, ...]."""
 
 
 class Asked(NamedTuple):
-    """A prompt with what is shown of it."""
+    """A conversation, with the parts of the prompt that tables show."""
 
     conversation: Conversation
     prompt: str
@@ -23,19 +23,19 @@ class Asked(NamedTuple):
 
 
 def asked(encoder: Encoder, prompts: Prompt | Sequence[Prompt]) -> list[Asked]:
-    """Return prompts as conversations, worded as the model was trained.
+    """Return prompts as conversations, in the prompt style with which the model was trained.
 
     Raises:
-        ValueError: a prompt is none of the three forms; the message says which one, counted from 0.
+        ValueError: a prompt has none of the three forms; the message names it, counted from 0.
     """
     if isinstance(prompts, str):
         prompts = [prompts]
     if not isinstance(prompts, Sequence):
-        raise ValueError(f"prompts: a list is needed, not a {type(prompts).__name__}")
+        raise ValueError(f"prompts: give a list, not a {type(prompts).__name__}")
     if not prompts:
         raise ValueError("prompts: the list is empty")
     if isinstance(prompts[0], Mapping):
-        raise ValueError("prompts: these are the messages of one chat; put them into a list, [[{'role': ...}, ...]]")
+        raise ValueError("prompts: these are the messages of one chat; put them into another list, [[{'role': ...}, ...]]")
     return [_asked(encoder, prompt, number) for number, prompt in enumerate(prompts)]
 
 
@@ -60,5 +60,5 @@ def _of_messages(encoder: Encoder, messages: Sequence[object], number: int) -> A
     last = messages[-1]
     assert isinstance(last, Mapping)
     if last["role"] == "assistant":
-        raise ValueError(f"prompt {number} ends with the assistant's message; end with the one that is to be answered")
+        raise ValueError(f"prompt {number} ends with the assistant's message; end with the message to answer")
     return Asked(encoder.from_row({"messages": list(messages)}, "conversation"), last["content"], "")

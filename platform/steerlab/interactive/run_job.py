@@ -1,4 +1,4 @@
-"""Run a job from Python, in this process where it has one worker, else on a Ray cluster."""
+"""Run a job from Python, in this process for a job with one worker, otherwise on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from steerlab.stages import JobType, Plan
 from steerlab.stages.spread import alone, subject
 
 _WHERE = Path("job")
-"""Beginning of the messages about a job that is given as a mapping."""
+"""Beginning of messages about a job that is given as a mapping."""
 
 
 def run(
@@ -30,23 +30,23 @@ def run(
     ray: bool | None = None,
     progress: bool = False,
 ) -> Run:
-    """Run the plan of a job and return the run; what is cached is not computed again.
+    """Run the plan of a job and return the run; stages in the store are not computed again.
 
     Args:
         job: A job file, or a job as a mapping.
         set: Values that replace the job's, by path: {"train.steps": 20, "evaluate.0.limit": 50}.
         root: ROOT; None for $STEERLAB_ROOT or ~/steerlab.
-        ray: Whether the stages run on a Ray cluster; None does so for jobs of several workers, and where this process
+        ray: Whether the stages run on a Ray cluster; None chooses Ray for jobs with several workers, and if this process
             belongs to a cluster or $RAY_ADDRESS names one.
-        progress: Whether a bar or lines tell how far it is.
+        progress: Whether to show the progress as a bar or as lines.
 
     Raises:
         JobError: the message names the key of the job that is wrong.
-        ValueError: data or model cannot be read, or do not go together.
+        ValueError: data or model cannot be read, or do not fit together.
         storage.plan.StageError: a stage failed.
     """
     path = _WHERE if isinstance(job, Mapping) else Path(job)
-    # A copy: the caller's mapping stays as it is.
+    # A copy is changed, so that the caller's mapping keeps its content.
     tree: JsonObject = copy.deepcopy(dict(job)) if isinstance(job, Mapping) else read_tree(path, JobType)
     for key, value in (set or {}).items():
         put(tree, key, value, f"set {key}", JobType)
@@ -54,7 +54,7 @@ def run(
     several = [below.job for below in planned.chain if below.job.scale.worker_range[1] > 1]
     on_cluster = bool(several) or _belongs_to_a_cluster() if ray is None else ray
     if several and not on_cluster:
-        raise JobError(f"{path}: scale.workers of {several[0].name} is more than 1, which needs Ray: leave out ray=False")
+        raise JobError(f"{path}: scale.workers of {several[0].name} is more than 1, which needs Ray: remove ray=False")
     store = opened_store(root)
     facts = runs.check(planned, path)
     with joined() if on_cluster else _alone(planned):
@@ -73,7 +73,7 @@ def _belongs_to_a_cluster() -> bool:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join a cluster; one that this process has joined already stays joined."""
+    """Join a cluster, unless this process has already joined one."""
     import ray
 
     with nullcontext() if ray.is_initialized() else joined_ray():
@@ -86,5 +86,5 @@ def _alone(planned: Plan) -> Iterator[None]:
         try:
             yield
         finally:
-            # The last model that a task has loaded would stay in memory.
+            # Without this, the last model that a task loaded would stay in memory.
             subject.forget()

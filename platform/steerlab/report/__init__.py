@@ -1,7 +1,7 @@
-"""Render runs and sweeps as one static HTML page: results with intervals, figures, texts, images, and how they were made.
+"""Render runs and sweeps as one static HTML page: results with intervals, figures, texts, images and settings.
 
 The page is one file that needs no server and no network. It follows the reader's light or dark theme, fits the screen of a
-phone and works by keyboard. Texts that a model wrote are escaped, so that they are shown and never interpreted as HTML.
+phone and works by keyboard. Texts that a model wrote are escaped, so that browsers show them and never interpret them as HTML.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from steerlab.report.samples import texts
 from steerlab.report.sweep_contents import Sweep, read_sweep
 from steerlab.report.tables import cell, metrics, rows
 
-# `import steerlab as sl` gives the function `sl.report(...)` as well, which this package would hide.
+# `import steerlab as sl` also gives the function `sl.report(...)`, which this package would otherwise hide.
 sys.modules[__name__].__class__ = CalledPackage
 
 __all__ = ["Entry", "Sweep", "cell", "fit_seconds", "front", "metrics", "page", "read", "read_sweep", "rows", "texts", "write"]
@@ -54,7 +54,7 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
     import jinja2
     from plotly.offline import get_plotlyjs
 
-    # Read through importlib.resources: the package may be imported from an archive.
+    # importlib.resources is used because the package may be imported from an archive.
     template = resources.files("steerlab.report").joinpath("page.html").read_text(encoding="utf-8")
     drawn: list[Figure] = []
 
@@ -65,11 +65,11 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
         drawn.append(figure)
         return {"id": len(drawn) - 1, "name": name, "height": figure["layout"]["height"], "metrics": figure["metrics"]}
 
-    # Escaped by default: texts of models, names and folders come from anywhere.
+    # Everything is escaped by default, since texts of models, names and folders may come from anywhere.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_plain
     )
-    # Tables, texts and images are keyed by the name of the run.
+    # Tables, texts and images are keyed by the name of the run, so the names must differ.
     named = run_names.told_apart([*entries, *(run for sweep in sweeps for run in sweep.runs)])
     entries, later = named[: len(entries)], iter(named[len(entries) :])
     sweeps = [replace(sweep, runs=tuple(next(later) for _ in sweep.runs)) for sweep in sweeps]
@@ -96,7 +96,7 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
         title=title,
         counts=_counts(entries, sweeps),
         figures_json=_script(drawn),
-        # Plotly's script has 4.5 MB; a page without figures goes without it.
+        # Plotly's script has 4.5 MB, so a page without figures does not contain it.
         plotly=get_plotlyjs() if drawn else "",
         **sections,
     )
@@ -111,7 +111,7 @@ def _group(entries: Sequence[Entry]) -> dict[str, object]:
 
 
 def _chart(numbers: samples.Chart, put: Callable[[Figure | None, str], Placed | None]) -> dict[str, object]:
-    """Return a task's numbers as the template uses them: the figure, and the rows of the table below it."""
+    """Return the figure of a task's numbers, and the rows of the table below it."""
     rows = [(repr(name), f"{value:.4g}") for name, value in numbers["bars"]]
     return {"figure": put(figures.chart(numbers), numbers["title"]), "unit": numbers["unit"], "rows": rows, **numbers}
 
@@ -149,7 +149,7 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
         "name": sweep.name,
         "folder": remote.joined(sweep.root, sweep.folder),
         "metric": sweep.metric,
-        # The template writes this word into a sentence.
+        # The template puts this word into a sentence.
         "goal": "more" if sweep.maximises else "less",
         "answer": headline.sentence(sweep),
         "notes": headline.notes(sweep.runs, sweep.metrics),
@@ -158,7 +158,7 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
         "predictions": predictions.lines(sweep),
         "header": header,
         "body": body,
-        # A space with dozens of parameters would fill the page; those that vary come first.
+        # At most eight parameters are drawn, since a space may have dozens; `varied` lists those with several values.
         "against": [
             put(figure, name) for name in sweep.varied[:8] if (figure := sweep_figures.against(sweep, name)) is not None
         ],
@@ -177,24 +177,24 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
 def _rules(sweep: Sweep) -> str:
     """Return the rules by which the best trial was chosen, as sentences; empty if the space has none."""
     bounds, prices = (", ".join(sweep.summary.get(name) or ()) for name in ("bounds", "prices"))
-    sentences = [f"The best trial keeps {bounds}."] if bounds else []
-    sentences += [f"Between trials that cannot be told apart, {prices} decides."] if prices else []
+    sentences = [f"The best trial satisfies {bounds}."] if bounds else []
+    sentences += [f"Between trials that cannot be distinguished from it, {prices} decides."] if prices else []
     return " ".join(sentences)
 
 
 def _splits(sweep: Sweep) -> list[tuple[str, str]]:
-    """Return (label, text) of the best trial's metric on the rows it was chosen by, and on the rows that are reported."""
+    """Return (label, text) of the best trial's metric on the rows that it was chosen by and on the reported rows."""
     lines = []
     for split, note in (("development", "chosen by"), ("test", "reported")):
         value = sweep.summary.get(split)
-        # A summary holds a number, a metric {value, low, high, ...}, or an object with either of them for each metric.
+        # A summary holds a number, a metric {value, low, high, ...}, or an object that maps each metric to one of these.
         if isinstance(value, dict) and "value" not in value:
             value = value.get(sweep.metric or "")
-        # `cell` formats metrics, so a bare number becomes one without an interval.
+        # `cell` formats metrics, so a bare number becomes a metric without an interval.
         if isinstance(value, int | float):
             value = {"value": value}
         if isinstance(value, dict) and value.get("value") is not None:
-            # Student's t over seeds knows nothing of the range of a share.
+            # An interval by Student's t over seeds may exceed the range of a proportion, so its ends are clipped.
             measure = measure_in(sweep.runs, sweep.metric or "")
             ends = {end: headline.within(measure, value[end]) for end in ("low", "high") if value.get(end) is not None}
             value = {**value, **ends}
@@ -203,7 +203,7 @@ def _splits(sweep: Sweep) -> list[tuple[str, str]]:
 
 
 def _made(entry: Entry) -> dict[str, object]:
-    """Return how a run was made: its stages, environment and job, and the command that repeats it."""
+    """Return the stages, environment and job of a run, and the command that repeats it."""
     # The template refuses a missing key (StrictUndefined), and runs of earlier versions stored fewer of them.
     environment = {"git": None, "git_changes": "", "created": "", "versions": {}, "command": "", "cluster": {}, "nodes": None}
     environment |= {"own_code_of": None, "own_code": []}
@@ -221,7 +221,7 @@ def _command(entry: Entry) -> str:
     """Return the shell command that reproduces a run: its resolved job at its commit."""
     command = _run_command(entry.root, f"{entry.folder}/job.yaml")
     commit = entry.environment.get("git")
-    # People paste this into a shell, and the folder may come from a stranger: only a hash is accepted as the commit.
+    # Users paste this into a shell, and the folder may come from a stranger, so only a hash is accepted as the commit.
     return f"git checkout {commit}\n{command}" if commit and re.fullmatch("[0-9a-f]{7,64}", commit) else command
 
 

@@ -41,7 +41,7 @@ class _Kept(_ByModule):
 
 @dataclass(frozen=True)
 class Kept:
-    """Numbers about the modules of a model that the stages of a run have kept."""
+    """Numbers about the modules of a model that the stages of a run have stored."""
 
     by_module: dict[str, dict[str, float]] = field(default_factory=dict)
     """`STAGE: NAME` -> module -> number."""
@@ -51,7 +51,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the page shows of one run."""
+    """The content of one run on the page."""
 
     name: str
     folder: str
@@ -70,7 +70,7 @@ class Entry:
     sheets: dict[str, str] = field(default_factory=dict)
     """Contact sheets: guidance -> path below ROOT."""
     store: Store | None = None
-    """Where the images are read from; None if there are none."""
+    """Store that holds the images; None if there are none."""
     kept: Kept = field(default_factory=Kept)
     """Spectra, shares and other numbers by module."""
     measures: dict[str, Measure] = field(default_factory=dict)
@@ -100,7 +100,7 @@ def measure_in(runs: Iterable[Entry], metric: str) -> Measure:
 
 
 def read(store: Store, folder: str) -> Entry:
-    """Read the folder of a finished run.
+    """Read the folder of a finished run into an entry.
 
     Args:
         store: the store.
@@ -113,7 +113,7 @@ def read(store: Store, folder: str) -> Entry:
     try:
         summary = folders.summary(store, folder)
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no finished run folder (runs/NAME/ID) of {store.root}") from None
+        raise ValueError(f"{folder} is not a finished run folder (runs/NAME/ID) of {store.root}") from None
     job, stages = folders.job(store, folder), folders.stages(store, folder)
     return Entry(
         # Runs of one page are often one job with different methods, so the method's name is always part of the run's.
@@ -135,8 +135,8 @@ def read(store: Store, folder: str) -> Entry:
 
 
 def kept(store: Store, stages: Sequence[Document]) -> Kept:
-    """Return what the artifacts of some stages keep about modules; nothing for artifacts that are not in the store."""
-    # Only these small files are read, not the artifact: a basis of a large model has gigabytes.
+    """Return the numbers by module in the artifacts of some stages; artifacts that are missing in the store are skipped."""
+    # Only these small files are read, since the whole artifact may be large: a basis of a large model has gigabytes.
     found = Kept()
     for stage in stages:
         for file in _ARTIFACT_FILES:
@@ -164,7 +164,7 @@ def fit_seconds(store: Store, model: Document | None) -> float | None:
     if model is None or not store.has(model["stage"], model["key"]):
         return None
     directory = store.local(model["stage"], model["key"])
-    # fit.json holds the seconds of the fit alone; the artifact's own time includes reading data and loading the model.
+    # fit.json holds the seconds of the fit alone; the time in the manifest includes reading data and loading the model.
     if (directory / "fit.json").is_file():
         return saved.read(directory / "fit.json", _Fitted).seconds
     return plan.made(store, model["stage"], model["key"]).seconds
@@ -176,11 +176,11 @@ def curves(store: Store, folder: str) -> dict[str, list[tuple[float, float]]]:
         lines = folders.lines(store, folder)
     except FileNotFoundError:
         return {}
-    # Every line has the key of its training stage. Steps begin at 0 in each, so only one training can be drawn.
+    # Every line has the key of its training stage. The steps of each training begin at 0, so only one can be drawn.
     last = lines[-1]["key"] if lines else None
     by_step: dict[str, dict[float, float]] = {}
     for line in lines:
-        # Keyed by step: a training that was resumed from a checkpoint reports some steps twice, and the later line counts.
+        # A training that was resumed from a checkpoint reports some steps twice; by step, the later line replaces the earlier.
         for name, value in line.items():
             if line["key"] == last and "/" in name and is_number(value):
                 by_step.setdefault(name, {})[line["step"]] = value
@@ -219,6 +219,6 @@ def _natural(name: str) -> tuple[int, str]:
 
 
 def is_number(value: object) -> bool:
-    """Say whether a value of a saved file is a number that can be shown and sorted."""
+    """Return whether a value of a saved file is a number that can be shown and sorted."""
     # bool is a subclass of int, and NaN, which does not equal itself, would break the order of a sort.
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value

@@ -1,4 +1,4 @@
-"""The figures about runs: effect against fluency, training curves, times of stages, metrics by layer.
+"""Draw the figures about runs: effect against fluency, training curves, times of stages, metrics by layer.
 
 A function returns None if the runs have nothing to draw.
 """
@@ -18,9 +18,9 @@ from steerlab.report.samples import Chart
 _WIDE = 8.0
 """Costs whose largest is more than this factor above the smallest are drawn on a logarithmic axis."""
 _AT = "_at/"
-"""Between a training metric and the place that it is measured at."""
+"""Separates a training metric from the place at which it is measured."""
 _MANY_TIMES = 100.0
-"""The same for losses."""
+"""The same separator in names of losses."""
 
 
 def choices(entries: Sequence[Entry]) -> Figure | None:
@@ -28,7 +28,7 @@ def choices(entries: Sequence[Entry]) -> Figure | None:
     chosen = [entry for entry in entries if entry.choice and entry.choice["rule"]["within"]]
     if not chosen:
         return None
-    # All runs of a page are expected to be chosen by one rule; the axes are those of the first.
+    # All runs of a page are expected to be chosen by one rule; the axes are those of the first run's rule.
     rule = chosen[0].choice["rule"] if chosen[0].choice else {}
     effect, cost = rule["metric"], rule["within"]["metric"]
     drawn = Drawing()
@@ -37,7 +37,7 @@ def choices(entries: Sequence[Entry]) -> Figure | None:
         colour = f"@{number % 10}"
         table = stored.by_strength((entry.choice or {})["table"])
         line = [(s, table[s].get(cost), table[s].get(effect)) for s in sorted(table)]
-        # A strength at which a metric has no value (everything unparsable) has no point.
+        # A strength at which a metric has no value (every answer was unparsable) has no point.
         line = [point for point in line if None not in point]
         points += [(x, y) for _, x, y in line]
         drawn.add_scatter(
@@ -52,7 +52,7 @@ def choices(entries: Sequence[Entry]) -> Figure | None:
         x=[points[i][0] for i in best], y=[points[i][1] for i in best], mode="lines", name="Pareto front (development)",
         line={"color": "@ink", "width": 1, "dash": "dot", "shape": "hv"}, hoverinfo="skip",
     )  # fmt: skip
-    # A trace without points, for the legend only: the stars of the runs themselves are not in it.
+    # This trace has no points; it puts one star into the legend, where the stars of the runs are hidden.
     drawn.add_scatter(
         x=[None], y=[None], mode="markers", name="held-out rows, 95 % interval",
         marker={"symbol": "star", "size": 12, "color": "@ink"},
@@ -82,7 +82,7 @@ def training(entries: Sequence[Entry]) -> Figure | None:
     """Draw the metrics of training over its steps, one line for each run."""
     names = list(
         dict.fromkeys(
-            # Those of single places are drawn over the places (`by_place`): hundreds of curves are no menu.
+            # `by_place` draws the metrics of single places, of which there may be hundreds, too many for a menu.
             name
             for entry in entries
             for name, points in entry.curves.items()
@@ -144,12 +144,12 @@ def timeline(entries: Sequence[Entry]) -> Figure | None:
     if not names:
         return None
     rows = [f"{label(entry.name)}" for entry in entries]
-    # Plotly puts bars with the same name into the same row, so runs of one name get the end of their id.
+    # Plotly puts bars with the same name into the same row, so runs with the same name get the end of their id added.
     doubled = {row for row in rows if rows.count(row) > 1}
     rows = [f"{row} {entry.folder[-6:]}" if row in doubled else row for row, entry in zip(rows, entries, strict=True)]
     for number, name in enumerate(names):
         bars = _bars_of(entries, rows, name)
-        # A stage that failed has taken time as well; its bar is drawn in red.
+        # A failed stage took time as well; its bar is drawn in red.
         ran = [bar for bar in bars if bar["status"] != "cached"]
         drawn.add_bar(
             y=[bar["row"] for bar in ran], x=[bar["seconds"] for bar in ran], base=[bar["start"] for bar in ran],
@@ -158,7 +158,7 @@ def timeline(entries: Sequence[Entry]) -> Figure | None:
             text=[label(f"{bar['label']}: {bar['status']}") for bar in ran], textposition="none",
             hovertemplate="%{text}<br>%{x:.1f} s<extra>" + label(name) + "</extra>",
         )  # fmt: skip
-        # A stage from the store takes no time, so a bar of it could not be seen.
+        # A stage from the store takes no time, so its bar would be invisible; a tick is drawn instead.
         cached = [bar for bar in bars if bar["status"] == "cached"]
         drawn.add_scatter(
             y=[bar["row"] for bar in cached], x=[bar["start"] for bar in cached], mode="markers", name=f"{label(name)}, cached",
@@ -189,7 +189,7 @@ def _bars_of(entries: Sequence[Entry], rows: Sequence[str], name: str) -> list[D
 def by_layer(entries: Sequence[Entry]) -> Figure | None:
     """Draw metrics that are measured at every layer (`probing/layer_NN`) over the layers, with and without the patch."""
     drawn = Drawing()
-    stems: dict[str, None] = {}  # in the order of the metrics, which a set would not keep
+    stems: dict[str, None] = {}  # a dict, because a set would lose the order of the metrics
     plain = next((entry.summary["strengths"][UNPATCHED] for entry in entries if UNPATCHED in entry.summary["strengths"]), {})
     lines = [(label(entry.name), entry.summary["metrics"], f"@{number % 10}", "solid") for number, entry in enumerate(entries)]
     for name, metrics, colour, dash in [*lines, (f"{UNPATCHED_NAME} (no patch)", plain, "@soft", "dot")]:
@@ -211,7 +211,7 @@ def chart(numbers: Chart) -> Figure:
     """Draw the numbers of a task as horizontal bars, in their order from the top, negative ones in another colour."""
     drawn = Drawing()
     names = [label(repr(name)) for name, _ in numbers["bars"]]
-    # Two tokens may look the same; the place in the list keeps their bars apart.
+    # Two tokens may look the same; their number in the list makes their rows distinct.
     rows = [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names, 1)]
     values = [value for _, value in numbers["bars"]]
     drawn.add_bar(

@@ -1,4 +1,4 @@
-"""The answer of a sweep in a sentence: the chosen setting, what it reaches and what that costs; and which way is better."""
+"""Write the result of a sweep as a sentence: the chosen setting, its metric and its prices; and notes on each metric."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Setting(NamedTuple):
 
 
 def sentence(sweep: Sweep) -> str:
-    """Return what a sweep has found, in one or two sentences; empty while nothing is measured."""
+    """Return the result of a sweep in one or two sentences; empty while nothing is measured."""
     settings = [_setting(sweep, rows) for rows in _by_trial(sweep).values()]
     scored = [setting for setting in settings if sweep.metric in setting.values]
     best = next((setting for setting in scored if setting.trial_id == sweep.best), None)
@@ -35,7 +35,7 @@ def sentence(sweep: Sweep) -> str:
         return ""
     if best is None:
         bounds = ", ".join(sweep.summary.get("bounds") or ())
-        return f"No trial keeps the bounds ({bounds})." if bounds else ""
+        return f"No trial satisfies the bounds ({bounds})." if bounds else ""
     begun = "" if sweep.summary.get("best") else "So far: "
     parts = [f"{begun}{_named(sweep, best)}: {sweep.metric} {_with_interval(sweep, best)}"]
     parts += [_price(sweep, name, best, scored) for name in _prices(sweep) if name in best.values]
@@ -60,7 +60,7 @@ def _named(sweep: Sweep, setting: _Setting) -> str:
 
 
 def within(measure: Measure, value: float) -> float:
-    """Return a number cut off at the ends of what a metric can be: an interval of a share ends at 0 and 1."""
+    """Return a number clipped to the range of a metric, which for a proportion is 0 to 1."""
     low = -math.inf if measure.low is None else measure.low
     return min(max(value, low), math.inf if measure.high is None else measure.high)
 
@@ -82,7 +82,7 @@ def _with_interval(sweep: Sweep, setting: _Setting) -> str:
 
 
 def _prices(sweep: Sweep) -> list[str]:
-    """Return the metrics that say what the choice costs: those that the space declares, else others with a better direction."""
+    """Return the metrics that are prices of the choice: those that the space declares, else others with a better direction."""
     declared = [*(sweep.summary.get("prices") or ()), *(bound.split()[0] for bound in sweep.summary.get("bounds") or ())]
     others = [name for name in sweep.metrics if measure_in(sweep.runs, name).better is not None]
     names = [name for name in dict.fromkeys(declared or others) if name in sweep.metrics and name != sweep.metric]
@@ -106,7 +106,7 @@ def _price(sweep: Sweep, name: str, best: _Setting, scored: Sequence[_Setting]) 
 
 
 def _others(sweep: Sweep, best: _Setting, scored: Sequence[_Setting]) -> str:
-    """Return a sentence about the trials beside the best one."""
+    """Return a sentence about the trials other than the best one."""
     assert sweep.metric is not None
     sign = 1 if sweep.maximises else -1
     even = [one for one in scored if one.trial_id in (sweep.summary.get("indistinguishable") or ())]
@@ -114,15 +114,15 @@ def _others(sweep: Sweep, best: _Setting, scored: Sequence[_Setting]) -> str:
     parts = []
     if even:
         what = "One other setting" if len(even) == 1 else f"{len(even)} other settings"
-        parts.append(f"{what} cannot be told apart from it ({', '.join(_named(sweep, one) for one in even[:3])})")
+        parts.append(f"{what} cannot be distinguished from it ({', '.join(_named(sweep, one) for one in even[:3])})")
     if ahead and (rules := ", ".join(sweep.summary.get("bounds") or ())):
         top = max(ahead, key=lambda one: sign * one.values[sweep.metric or ""])
-        parts.append(f"{_named(sweep, top)} reaches {top.values[sweep.metric]:.3g} and does not keep {rules}")
+        parts.append(f"{_named(sweep, top)} reaches {top.values[sweep.metric]:.3g} but does not satisfy {rules}")
     return "".join(f" {part}." for part in parts)
 
 
 def notes(runs: Sequence[Entry], names: Sequence[str]) -> dict[str, str]:
-    """Return for each metric its unit and which way is better, as the small line below its name; empty for others."""
+    """Return for each metric its unit and its better direction, for the small line below its name; empty without either."""
     measures = {name: measure_in(runs, name) for name in names if "/" in name}
     parts = {name: (measure.unit, _WORDS[measure.better]) for name, measure in measures.items()}
     return {name: ", ".join(part for part in some if part) for name, some in parts.items()}

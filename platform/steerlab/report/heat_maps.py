@@ -1,7 +1,7 @@
 """Texts whose tokens are coloured by a value, and histograms: the samples of `evaluation.statistics.sample_kinds` on the page.
 
-A run folder may come from a stranger. A sample of these kinds whose lists do not fit together is left out, and the texts of
-tokens reach the template as texts, which it escapes.
+A run folder may come from a stranger, so a sample whose lists do not have matching lengths is skipped, and the template escapes
+the texts of tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, label
 from steerlab.report.samples import column
 
 MAX_MAPS = 6
-"""Items of each task whose coloured texts are shown."""
+"""Largest number of items of each task whose coloured texts are shown."""
 MAX_TOKENS = 600
-"""Tokens of a text that are shown."""
+"""Largest number of tokens of a text that are shown."""
 _MOST_BINS = 2000
 
 
@@ -29,11 +29,11 @@ class Token(TypedDict):
 
     text: str
     shown: str
-    """Its value as text; empty if it has none."""
+    """The token's value as text; empty if it has none."""
     sign: str
-    """plus, minus, or empty without a value; a class of the page's style."""
+    """Class of the page's style: plus, minus, or empty for a token without a value."""
     share: str
-    """Absolute value as a share of the largest of the task, from 0.00 to 1.00."""
+    """Absolute value divided by the largest one of the task, from 0.00 to 1.00."""
 
 
 class HeatMap(TypedDict):
@@ -43,7 +43,7 @@ class HeatMap(TypedDict):
     title: str
     unit: str
     largest: str
-    """Largest absolute value of the task, which has the full colour."""
+    """Largest absolute value of the task, which is drawn in full colour."""
     texts: dict[str, list[Token]]
     """Name of the run, with its strength if it has several -> tokens."""
     num_cut: int
@@ -51,7 +51,7 @@ class HeatMap(TypedDict):
 
 
 def heat_maps(entries: Sequence[Entry]) -> list[HeatMap]:
-    """Return the coloured texts of all runs, at most MAX_MAPS items of a task, all of a task on one scale."""
+    """Return the coloured texts of all runs, at most MAX_MAPS items of each task. A task has one scale of colours."""
     by_task: dict[str, dict[str, dict[str, tuple[Document, list[float | None]]]]] = {}
     for entry in entries:
         for task, samples in entry.samples.items():
@@ -84,7 +84,7 @@ def _of_task(task: str, items: Mapping[str, Mapping[str, tuple[Document, list[fl
 
 
 def _values(sample: Document) -> list[float | None] | None:
-    """Return the values of a sample with a value for each token; None for other samples, and for one that is damaged."""
+    """Return the values of a sample with a value for each token; None for samples of other kinds and for damaged ones."""
     tokens, values = sample.get("tokens"), sample.get("values")
     if sample.get("kind") != TOKENS or not isinstance(tokens, list) or not isinstance(values, list):
         return None
@@ -92,13 +92,13 @@ def _values(sample: Document) -> list[float | None] | None:
         return None
     if not all(value is None or _is_finite(value) for value in values):
         return None
-    # A password in a URI is masked by its whole text, which a token has only a part of.
+    # A password in a URI can only be recognised in the whole text, so a text with one is not shown at all.
     text = "".join(tokens)
     return values if without_secrets(text) == text else None
 
 
 def _is_finite(value: object) -> bool:
-    # A whole number of thousands of digits is none that a float can hold.
+    # An integer may have thousands of digits, and `math.isfinite` raises for one that does not fit into a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
 
 
@@ -115,7 +115,7 @@ def _tokens(tokens: Sequence[str], values: Sequence[float | None], largest: floa
 
 
 def histograms(entries: Sequence[Entry]) -> Figure | None:
-    """Draw the histograms of all runs, a line for each group of values; the menu chooses among tasks and what they count."""
+    """Draw the histograms of all runs, a line for each group of values; the menu lists the tasks and what they count."""
     drawn, names = Drawing(), dict[str, str]()
     for entry in entries:
         for task, samples in entry.samples.items():
@@ -134,7 +134,7 @@ def histograms(entries: Sequence[Entry]) -> Figure | None:
 
 def _add(drawn: Drawing, name: str, group: str, edges: Sequence[float], shares: Sequence[float]) -> None:
     colour = f"@{len(drawn.data) % 10}"
-    # Steps from edge to edge; the last edge closes the last bin.
+    # The line has a step at each edge; the added 0 closes the last bin.
     drawn.add_scatter(
         x=list(edges), y=[*shares, 0.0], mode="lines", name=label(group), meta={"metric": name},
         line={"color": colour, "width": 1.6, "shape": "hv"},

@@ -1,7 +1,7 @@
-"""The figures of what stages keep about the modules of a model: curves such as spectra, and numbers such as shares.
+"""Draw what stages store about the modules of a model: curves such as spectra, and numbers such as shares.
 
-A stage keeps them in small JSON files beside its tensors, under the names `curves` and `by_module` (contents.py). The figures
-know neither the stage nor the method. A function returns None if the runs have nothing to draw.
+A stage stores them in small JSON files beside its tensors, under the names `curves` and `by_module` (contents.py). The figures
+depend neither on the stage nor on the method. A function returns None if the runs have nothing to draw.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def layer_of(module: str) -> int | None:
 
 
 def kind_of(module: str) -> str:
-    """Return a module's path within its block: `self_attn.q_proj`; the whole path without a block."""
+    """Return a module's path within its block: `self_attn.q_proj`; the whole path if it has no block."""
     block = _BLOCK.search(module)
     return module if block is None else module[block.end() :]
 
@@ -56,7 +56,7 @@ def spectra(entries: Sequence[Entry]) -> Figure | None:
 
 
 def numbers(entries: Sequence[Entry]) -> Figure | None:
-    """Draw numbers by module over the layers, such as the share that a mask keeps: a line for each kind of module."""
+    """Draw numbers by module over the layers, such as the share of a mask: a line for each kind of module."""
     drawn = Drawing()
     menu: dict[str, str] = {}
     for entry in entries:

@@ -1,4 +1,4 @@
-"""Plotly figures as Plotly's own JSON, and the functions that all figures of the page share.
+"""Build Plotly figures as JSON, with functions that all figures of the page share.
 
 Colours are names, `@0` to `@9`, `@s0` to `@s4` (shades), `@ink`, `@soft`, `@line`, `@paper` and `@bad`; the page replaces them
 by the colours of the light or the dark theme. A figure may hold traces for several metrics. These traces carry
@@ -31,7 +31,7 @@ def front(points: Sequence[tuple[float, float]], maximise: bool = False) -> list
     """
     sign = -1 if maximise else 1
     indices: list[int] = []
-    # By rising cost a point is on the front if its effect is better than that of the last one on it.
+    # In the order of rising cost, a point is on the front if its effect is better than that of the front's last point.
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1])):
         if not indices or sign * points[i][1] < sign * points[indices[-1]][1]:
             indices.append(i)
@@ -64,7 +64,7 @@ class Drawing:
 
     def axis(self, name: str, title: str | None = None, **settings: object) -> None:
         """Set up `xaxis` or `yaxis`."""
-        # Merged, not replaced: a figure sets the title of an axis and its scale in separate calls.
+        # Settings are merged, since a figure sets the title and the scale of an axis in separate calls.
         self.layout[name] |= settings | ({} if title is None else {"title": {"text": label(title)}})
 
     def done(self, height: int, metrics: Mapping[str, str] | None = None, axis: str = "y") -> Figure:
@@ -76,7 +76,7 @@ class Drawing:
             axis: the axis (`x` or `y`) that takes the title of the chosen metric.
         """
         layout = {**self.layout, "height": height}
-        # Names and titles as two lists: the page looks them up by the index of the menu's entry.
+        # Names and titles are two lists, because the page looks them up by the index of the menu's entry.
         titles = dict(metrics or {})
         return {"data": self.data, "layout": layout, "metrics": list(titles), "titles": list(titles.values()), "axis": axis}
 
@@ -89,7 +89,7 @@ def title(measure: Measure) -> str:
 def bars(metrics: Sequence[MetricNumbers], colour: str) -> Plotly:
     """Return the error bars of metrics, drawn to the ends of their 95 % intervals."""
     ends = [_ends(metric) for metric in metrics]
-    # Plotly takes lengths relative to the point, which must not be negative.
+    # Plotly takes the lengths of error bars from the point; they must not be negative.
     above = [max(0.0, high - metric["value"]) for metric, (_, high) in zip(metrics, ends, strict=True)]
     below = [max(0.0, metric["value"] - low) for metric, (low, _) in zip(metrics, ends, strict=True)]
     return {"array": above, "arrayminus": below, "thickness": 1.2, "width": 3, "color": colour}

@@ -1,4 +1,4 @@
-"""The table of a sweep's predictions: what its space said before it ran, what was measured, and whether the two agree."""
+"""Build the table of a sweep's predictions: what its space predicted, what was measured, and whether the two agree."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Line(NamedTuple):
     statement: str
     """What was predicted: "math/solved falls as method.keep_ratio goes from 0 to 0.5"."""
     where: str
-    """Values of other fields at which it was looked at; empty if there are none."""
+    """Values of other fields to which the prediction is restricted; empty if there are none."""
     because: str
     """The reason that the space gives; empty if it gives none."""
     values: str
@@ -36,7 +36,7 @@ def lines(sweep: Sweep) -> list[Line]:
 def _line(sweep: Sweep, outcome: Document) -> Line:
     ends = [f"{end:.3g}" for end in outcome.get("ends") or ()]
     unit = measure_in(sweep.runs, outcome["metric"]).unit
-    change = "stays as it is" if outcome["expected"] == "flat" else outcome["expected"]
+    change = "does not change" if outcome["expected"] == "flat" else outcome["expected"]
     over = f" as {outcome['over']} goes from {ends[0]} to {ends[1]}" if len(ends) == 2 else f" over {outcome['over']}"
     return Line(
         f"{outcome['metric']} {change}{over}",

@@ -1,4 +1,4 @@
-"""Names of runs on one page, groups of runs, and values of parameters, as people say them."""
+"""Names of runs on one page, groups of runs, and readable values of parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_DIFFERENCES = 3
 
 
 def said(name: str, value: object) -> str:
-    """Return the value of a parameter as people say it: an angle in radians as a multiple of π."""
+    """Return the value of a parameter in readable form: an angle in radians as a multiple of π."""
     if isinstance(value, float) and name.endswith("_rad") and value:
         for denominator in (1, 2, 3, 4, 6, 8):
             numerator = value * denominator / math.pi
@@ -24,7 +24,7 @@ def said(name: str, value: object) -> str:
 
 
 def told_apart(entries: Sequence[Entry]) -> list[Entry]:
-    """Return runs with names of their own: runs of one name get what differs in their jobs, or else the time of the run."""
+    """Return runs with distinct names: runs of one name get the differing fields of their jobs, or else the id of the run."""
     by_name: dict[str, list[Entry]] = {}
     for entry in entries:
         by_name.setdefault(entry.name, []).append(entry)
@@ -38,7 +38,7 @@ def _renamed(entry: Entry, alike: Sequence[Entry]) -> Entry:
     own = dict(_leaves(entry.job))
     shown = [f"{key} {said(key, own.get(key))}" for key in differing[:_MOST_DIFFERENCES]]
     called = f"{entry.name} ({', '.join(shown)})" if shown else entry.name
-    # Two runs of one job, or of jobs that differ in more than is shown.
+    # Names may still agree, for two runs of one job or for jobs that differ in fields that are not shown.
     same = [other for other in alike if other is not entry and _shown(other, differing) == _shown(entry, differing)]
     return replace(entry, name=f"{called}, {entry.folder.rpartition('/')[2]}" if same else called)
 
@@ -49,7 +49,7 @@ def _shown(entry: Entry, differing: Sequence[str]) -> list[object]:
 
 
 def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the scalars of a job by their path; names of jobs differ anyway."""
+    """Yield the scalars of a job by their path."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _leaves(value, f"{path}.{key}" if path else str(key))

@@ -14,19 +14,19 @@ from steerlab.job import UNPATCHED, UNPATCHED_NAME
 from steerlab.report.contents import Document, Entry
 
 MAX_TEXTS = 6
-"""Prompts of each task whose texts are shown."""
+"""Largest number of prompts of each task whose texts are shown."""
 MAX_CHARS = 1200
-"""Longer texts are cut."""
+"""Largest number of characters of a text; longer ones are cut."""
 MAX_CHARTS = 12
-"""Charts of a page."""
+"""Largest number of charts of a page."""
 MAX_BARS = 60
-"""Bars of a chart."""
+"""Largest number of bars of a chart."""
 IMAGE_BYTES = 12_000_000
-"""Largest size of all images of a page together, in bytes; the page says how many images are left out."""
+"""Largest size of all images of a page together, in bytes; the page states how many images are missing."""
 _THUMBNAIL = 256
 """Larger images are scaled down to at most this many pixels on their longer side."""
 _SHEET = 2000
-"""The same for contact sheets."""
+"""The same limit for contact sheets."""
 _CONTEXTS = ("data", "input", "data_with_probe")
 
 
@@ -39,29 +39,29 @@ class Output(TypedDict):
 
 
 class Comparison(TypedDict):
-    """A prompt with the texts of all runs, as the template of the page reads it."""
+    """A prompt with the texts of all runs, as the template of the page uses it."""
 
     task: str
     prompt: str
     context: str
-    """The data that the prompt came with; empty if there are none."""
+    """The data that belongs to the prompt; empty if there is none."""
     outputs: dict[str, Output]
     """Name of the run, with its strength if it has several -> its text."""
 
 
 class Chart(TypedDict):
-    """Numbers of a task by name, which one of its samples asks to be drawn as bars."""
+    """Numbers of a task by name, from a sample that asks to draw them as bars."""
 
     title: str
-    """The task and the run, with its strength, and what the sample calls its numbers."""
+    """The task, the run with its strength, and the sample's own title."""
     unit: str
     bars: list[tuple[str, float]]
 
 
 def charts(entries: Sequence[Entry]) -> list[Chart]:
-    """Return the numbers that tasks ask to be drawn: of each sample {"chart": {"title", "unit", "bars": [[name, number]]}}.
+    """Return the numbers that tasks ask to draw, from each sample {"chart": {"title", "unit", "bars": [[name, number]]}}.
 
-    Any task may leave such a sample. One that does not have this shape is left out, since its file may come from a stranger.
+    Any task may write such a sample. One without this shape is skipped, since its file may come from a stranger.
     """
     of_all: list[Chart] = []
     for entry in entries:
@@ -76,7 +76,7 @@ def charts(entries: Sequence[Entry]) -> list[Chart]:
 
 
 def _bars(chart: object) -> list[tuple[str, float]]:
-    """Return the names and finite numbers of a chart, at most MAX_BARS of them; none if it is no chart."""
+    """Return the names and finite numbers of a chart, at most MAX_BARS of them; empty if the value is not a chart."""
     rows = chart.get("bars") if isinstance(chart, Mapping) else None
     if not isinstance(rows, list):
         return []
@@ -102,7 +102,7 @@ def texts(entries: Sequence[Entry]) -> list[Comparison]:
                 empty: Comparison = {"task": task, "prompt": str(sample[prompt]), "context": context, "outputs": {}}
                 row = by_prompt.setdefault((task, str(sample.get("id", sample[prompt]))), empty)
                 row["outputs"].setdefault(column(entry, sample), {"text": _cut(sample[output]), "facts": _facts(sample)})
-    # A prompt that only one run has samples of shows no difference; it is dropped unless no prompt has more.
+    # A prompt with texts of a single run shows no difference, so it is dropped unless all prompts are like that.
     counts = [len(row["outputs"]) for row in by_prompt.values()]
     most = max(counts, default=0)
     whole = [row for row in by_prompt.values() if len(row["outputs"]) > 1 or most == 1]
@@ -115,9 +115,9 @@ def texts(entries: Sequence[Entry]) -> list[Comparison]:
 
 
 def column(entry: Entry, sample: Document) -> str:
-    """Return the heading under which a sample stands: its run, with its strength if the run has several; strength 0 alone."""
+    """Return the heading of a sample's column: its run, with its strength if the run has several; strength 0 shares one."""
     strength = sample.get("strength")
-    # At strength 0 all runs of one model write the same, so they share a column.
+    # At strength 0 all runs of one model generate the same text, so they share a column.
     if strength == UNPATCHED:
         return UNPATCHED_NAME
     # The strength is part of a column's name only if the run has samples at several strengths besides 0.
@@ -141,7 +141,7 @@ def _cut(text: object) -> str:
 
 
 def galleries(entries: Sequence[Entry], budget_bytes: int = IMAGE_BYTES) -> list[dict[str, object]]:
-    """Return the images of each run that has some: a frame for each strength and guidance scale.
+    """Return the images of each run that has any: a frame for each strength and guidance scale.
 
     Args:
         entries: runs.
@@ -156,11 +156,11 @@ def _gallery(entry: Entry, budget_bytes: int) -> dict[str, object]:
     ids = list(dict.fromkeys(name for pictures in entry.images.values() for name, _ in pictures))
     columns: dict[str, dict[str, str]] = {}
     used = 0
-    # To stay within the budget ids are left out, never strengths: the page's slider needs every strength of an id.
+    # To stay within the budget, whole ids are skipped and never strengths: the page's slider needs every strength of an id.
     for name in ids:
         column = dict(_column_of(entry, name))
         size = sum(len(uri) for uri in column.values())
-        if used + size > budget_bytes:  # the size of the base64 texts, which is what the page grows by
+        if used + size > budget_bytes:  # the size of the base64 texts, by which the page grows
             break
         used += size
         columns[name] = column
@@ -191,11 +191,11 @@ def _sheets(entry: Entry, budget_bytes: int) -> Iterator[dict[str, str]]:
 
 
 def _setting(name: str) -> tuple[float, float]:
-    """Parse `{strength}_{guidance}`, the name of a folder of images; (0, 0) if it is neither."""
+    """Parse `{strength}_{guidance}`, the name of a folder of images; (0, 0) if the name has another form."""
     strength, _, guidance = name.partition("_")
     try:
         return float(strength), float(guidance or 0)
-    # Whoever copies a folder of images may name it anything.
+    # A copied folder of images may have any name.
     except ValueError:
         return 0.0, 0.0
 

@@ -15,7 +15,7 @@ MAX_CURVES = 8
 
 @dataclass(frozen=True)
 class Sweep:
-    """What the page shows of one sweep."""
+    """The content of one sweep on the page."""
 
     name: str
     folder: str
@@ -24,10 +24,10 @@ class Sweep:
     trials: Sequence[Document]
     """Rows of trials.parquet, one for each trial and seed."""
     summary: Document
-    """Empty while the sweep is running."""
+    """summary.json of the sweep; empty while it is running."""
     root: str = "ROOT"
     runs: tuple[Entry, ...] = ()
-    """The runs of its best trials."""
+    """The runs of the best trials."""
 
     @property
     def metric(self) -> str | None:
@@ -36,20 +36,20 @@ class Sweep:
 
     @property
     def maximises(self) -> bool:
-        """Whether more of the metric is better."""
+        """Whether a higher metric is better."""
         return (self.summary.get("mode") or self.space.get("mode") or "max") == "max"
 
     @property
     def parameters(self) -> list[str]:
         """Paths of the parameters; those with the same value in all trials come last."""
-        # Compared as texts: values of a parameter may be lists, which cannot be members of a set.
+        # Values are compared as texts, since they may be lists, which cannot be members of a set.
         names = _named(self.trials, "param.")
         return sorted(names, key=lambda name: len({str(trial.get(f"param.{name}")) for trial in self.trials}) < 2)
 
     @property
     def varied(self) -> list[str]:
-        """Paths of the parameters that vary; of those that only ever change together, the first."""
-        # A space may set the rows that are evaluated with those that are trained on: one of the two says all.
+        """Paths of the parameters that vary; of parameters that always change together, only the first."""
+        # A space may set two parameters together, such as the rows for training and for evaluation; one of them is enough.
         patterns: dict[tuple[int, ...], str] = {}
         for name in self.parameters:
             texts = [str(trial.get(f"param.{name}")) for trial in self.trials]
@@ -66,22 +66,22 @@ class Sweep:
 
     @property
     def finished(self) -> list[Document]:
-        """The rows with a value of the optimised metric, the best first."""
+        """The rows of trials.parquet with a value of the optimised metric, the best first."""
         key = f"metric.{self.metric}"
         scored = [trial for trial in self.trials if is_number(trial.get(key))]
         return sorted(scored, key=lambda trial: trial[key], reverse=self.maximises)
 
     @property
     def paid(self) -> list[bool]:
-        """For each row, whether the seconds of its run are counted there."""
-        # Trials that differ in strength only share a run; its seconds are counted for the first of them.
+        """For each row, whether the seconds of its run count for this row."""
+        # Trials that differ only in strength share a run, whose seconds count for the first of them.
         seen: set[str] = set()
         return [trial.get("run") is None or not (trial["run"] in seen or seen.add(trial["run"])) for trial in self.trials]
 
     @property
     def best(self) -> str | None:
         """The id of the best trial: the one in the sweep's summary; while the sweep runs, that of the best row so far."""
-        # A summary without a best trial says that none keeps the bounds.
+        # In a summary, `best: null` means that no trial satisfies the bounds.
         if "best" in self.summary:
             return (self.summary["best"] or {}).get("trial_id")
         return self.finished[0]["trial_id"] if self.finished else None
@@ -101,7 +101,7 @@ def read_sweep(store: Store, folder: str) -> Sweep:
         job = folders.job(store, folder)
         trials = folders.trials(store, folder)
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no sweep folder (sweeps/NAME/ID) of {store.root}, or none of its trials began") from None
+        raise ValueError(f"{folder} is not a sweep folder (sweeps/NAME/ID) of {store.root}, or no trial began") from None
     sweep = Sweep(
         name=job["name"],
         folder=folder,
@@ -118,14 +118,14 @@ def _best_runs(store: Store, sweep: Sweep) -> list[Entry]:
     """Read the runs of a sweep's best trials, one for each trial, named by the parameters that vary."""
     varied = sweep.varied
     first: dict[str, Document] = {}
-    # The sort is stable: the trial that the sweep calls best first, the others by their metric.
+    # The sort is stable: the sweep's best trial comes first, and the others stay in the order of their metric.
     for trial in sorted(sweep.finished, key=lambda trial: trial["trial_id"] != sweep.best):
-        # Trials that differ in strength only share a run, which is shown once; of several seeds the best is shown.
+        # Trials that differ only in strength share a run, which is shown once; of several seeds, only the best is shown.
         if trial.get("run") and trial["run"] not in (other["run"] for other in first.values()):
             first.setdefault(trial["trial_id"], trial)
     runs = []
     for trial in list(first.values())[:MAX_CURVES]:
-        if "summary.json" in store.list(trial["run"]):  # the run of a trial may still be going on
+        if "summary.json" in store.list(trial["run"]):  # a trial may still be running
             values = ", ".join(f"{name.rpartition('.')[2]} {_short(trial.get(f'param.{name}'))}" for name in varied[:2])
             runs.append(
                 replace(read(store, trial["run"]), name=f"{trial['trial_id']} ({values})" if values else trial["trial_id"])
@@ -138,7 +138,7 @@ def _short(value: object) -> str:
 
 
 def _named(trials: Sequence[Document], prefix: str) -> list[str]:
-    # A dict keeps the order of the columns, which a set would not.
+    # A dict keeps the order of the columns; a set would lose it.
     return list(dict.fromkeys(name.removeprefix(prefix) for trial in trials for name in trial if name.startswith(prefix)))
 
 

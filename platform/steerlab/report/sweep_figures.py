@@ -1,4 +1,4 @@
-"""The figures about a sweep: metrics against parameters, parallel coordinates, the Pareto front, the seconds of trials.
+"""Draw the figures about a sweep: metrics against parameters, parallel coordinates, the Pareto front, the seconds of trials.
 
 A function returns None if the sweep has nothing to draw.
 """
@@ -21,7 +21,7 @@ _NUM_SHADES = 5
 _LONG = 22
 """Longer names of axes are cut at their beginning, since the end of a path is its most specific part."""
 _MANY_TRIALS = 30
-"""With more trials the bars have no names."""
+"""Largest number of trials whose bars have names."""
 
 
 def measured(trial: Document, name: str) -> MetricNumbers | None:
@@ -44,7 +44,7 @@ _GROUPS = (
     ("not distinguishable from the best", "@0", "circle", 8),
     ("best", "@1", "star", 14),
 )
-"""Name, colour, symbol and size of the points of trials, indexed by the class of `standing`."""
+"""Name, colour, symbol and size of the points of trials, indexed by the class that `standing` returns."""
 
 
 def against(sweep: Sweep, parameter: str) -> Figure | None:
@@ -54,7 +54,7 @@ def against(sweep: Sweep, parameter: str) -> Figure | None:
         return None
     # A bool is an int in Python, but its axis has two categories.
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values if value is not None)
-    stands = standing(sweep)
+    class_of = standing(sweep)
     drawn = Drawing()
     for metric in sweep.metrics[:MAX_METRICS]:
         points = [(t.get(f"param.{parameter}"), m, t) for t in sweep.trials if (m := measured(t, metric)) is not None]
@@ -62,7 +62,7 @@ def against(sweep: Sweep, parameter: str) -> Figure | None:
         for number, (name, own) in enumerate(_by_setting(sweep, parameter, points)):
             _add_means(drawn, own, metric, numeric, name, number)
         for group, (name, colour, symbol, size) in enumerate(_GROUPS):
-            own = [point for point in points if stands(point[2]) == group]
+            own = [point for point in points if class_of(point[2]) == group]
             drawn.add_scatter(
                 x=[x for x, _, _ in own], y=[m["value"] for _, m, _ in own], mode="markers", name=name, meta={"metric": metric},
                 marker={"color": colour, "symbol": symbol, "size": size}, error_y=bars([m for _, m, _ in own], colour),
@@ -81,11 +81,11 @@ def against(sweep: Sweep, parameter: str) -> Figure | None:
 _Points = Sequence[tuple[Any, MetricNumbers, Document]]
 """(value of the parameter, metric, row) of each trial in a figure."""
 _FEW_SETTINGS = 5
-"""With more settings of the other parameters, one line joins the means over all of them."""
+"""Largest number of settings of the other parameters with a line each; with more, one line joins the means over all."""
 
 
 def _by_setting(sweep: Sweep, parameter: str, points: _Points) -> list[tuple[str | None, _Points]]:
-    """Divide points by the values of the other parameters that vary, so that a control gets a line of its own.
+    """Divide points by the values of the other parameters that vary, so that a control gets its own line.
 
     Returns:
         (values of the other parameters, points); with too many settings or only one, all points under None.
@@ -95,7 +95,7 @@ def _by_setting(sweep: Sweep, parameter: str, points: _Points) -> list[tuple[str
     for point in points:
         values = [point[2].get(f"param.{name}") for name in others]
         groups.setdefault(", ".join(_ending(value) for value in values), []).append(point)
-    # Parameters that are set together give settings with one point each, which no line joins.
+    # If parameters are set together, each setting has a single point, which cannot be joined by a line.
     lines = [own for own in groups.values() if len({str(x) for x, _, _ in own}) > 1]
     if not 1 < len(groups) <= _FEW_SETTINGS or len(lines) < len(groups):
         return [(None, points)]
@@ -103,13 +103,13 @@ def _by_setting(sweep: Sweep, parameter: str, points: _Points) -> list[tuple[str
 
 
 def _ending(value: object) -> str:
-    """Return a value as text; of a long one its end, where the names of sources differ."""
+    """Return a value as text; a long one is shortened to its end, where names of sources differ."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text if len(text) <= _LONG else "…" + text[1 - _LONG :]
 
 
 def _add_means(drawn: Drawing, points: _Points, metric: str, numeric: bool, name: str | None, number: int) -> None:
-    """Draw the mean at each value as a line, unless nearly every trial has a value of its own."""
+    """Draw the mean at each value as a line, unless nearly every trial has another value."""
     grouped: dict[Any, list[float]] = {}
     for x, measured_metric, _ in points:
         grouped.setdefault(x, []).append(measured_metric["value"])
@@ -127,22 +127,22 @@ def _add_means(drawn: Drawing, points: _Points, metric: str, numeric: bool, name
 def parallel(sweep: Sweep) -> Figure | None:
     """Draw each trial as a line across its parameters and metrics, shaded by the optimised metric, the best highlighted."""
     varied = sweep.varied
-    rows = sweep.finished[::-1]  # the best last, so that its line is drawn over the others
+    rows = sweep.finished[::-1]  # the best trial comes last, so that its line is drawn over the others
     if sweep.metric is None or not varied or len(rows) < 2:
         return None
-    # A line cannot cross an axis on which its trial has no value, so only metrics that all trials have get one.
+    # A line cannot cross an axis on which its trial has no value, so only metrics that all trials measured get an axis.
     shown = [name for name in sweep.metrics[:3] if all(measured(row, name) for row in rows)]
     axes = [_scaled(name, [row.get(f"param.{name}") for row in rows]) for name in varied]
     axes += [_scaled(name, [row[f"metric.{name}"] for row in rows], most_ticks=2) for name in shown]
     drawn = Drawing()
-    stands = standing(sweep)
+    class_of = standing(sweep)
     for shade, group in enumerate(_shades(len(rows))):
         ends = [rows[group[i]][f"metric.{sweep.metric}"] for i in (0, -1)]
         name = f"{min(ends):.3g} to {max(ends):.3g}" if len(group) > 1 else f"{ends[0]:.3g}"
-        _add_lines(drawn, axes, [i for i in group if stands(rows[i]) < 2], rows, name, f"@s{shade}", 1.3)
-    _add_lines(drawn, axes, [i for i in range(len(rows)) if stands(rows[i]) == 2], rows, "best", "@1", 3)
+        _add_lines(drawn, axes, [i for i in group if class_of(rows[i]) < 2], rows, name, f"@s{shade}", 1.3)
+    _add_lines(drawn, axes, [i for i in range(len(rows)) if class_of(rows[i]) == 2], rows, "best", "@1", 3)
     notes = [note for number, axis in enumerate(axes) for note in _ticks(number, axis)]
-    # Plotly's own parallel coordinates (parcoords) show no names on hover and no markers, so the axes are drawn here.
+    # Plotly's own parallel coordinates (parcoords) show neither names on hover nor markers, so the axes are drawn here.
     spine = {"type": "line", "y0": 0, "y1": 1, "layer": "below", "line": {"color": "@line", "width": 1.5}}
     drawn.layout |= {"annotations": notes, "shapes": [{**spine, "x0": number, "x1": number} for number in range(len(axes))]}
     drawn.axis("xaxis", visible=False, range=[-0.35, len(axes) - 0.65], fixedrange=True)
@@ -191,7 +191,7 @@ def _add_lines(
     width: float,
 ) -> None:
     """Add the lines of several trials as one trace."""
-    # One trace for each trial would make the page slow; Plotly interrupts the line of a trace where a value is missing.
+    # A trace for each trial would make the page slow. In one trace, a missing value separates the lines of two trials.
     xs: list[float | None] = []
     ys: list[float | None] = []
     texts: list[str] = []
@@ -219,12 +219,12 @@ def pareto(sweep: Sweep) -> Figure | None:
     if sweep.metric is None or len(sweep.metrics) < 2:
         return None
     rule = (sweep.job.get("choose") or {}).get("within") or {}
-    # Declared prices come first in the menu, then metrics that bound the choice: the costs that the sweep trades against.
+    # The menu begins with declared prices, then metrics that bound the choice: what the sweep trades the metric against.
     bounds = [bound.split()[0] for bound in sweep.summary.get("bounds") or ()]
     first = [*(sweep.summary.get("prices") or ()), rule.get("metric"), *bounds]
     others = [name for name in sweep.metrics if name != sweep.metric]
     costs = sorted(others, key=lambda name: first.index(name) if name in first else len(first))
-    stands = standing(sweep)
+    class_of = standing(sweep)
     drawn = Drawing()
     usable = []
     for cost in costs[:MAX_METRICS]:
@@ -242,7 +242,7 @@ def pareto(sweep: Sweep) -> Figure | None:
                 meta={"metric": cost},
             )  # fmt: skip
         for group, (name, colour, symbol, size) in enumerate(_GROUPS):
-            own = [row for row in rows if stands(row[2]) == group]
+            own = [row for row in rows if class_of(row[2]) == group]
             drawn.add_scatter(
                 x=[c["value"] for c, _, _ in own], y=[e["value"] for _, e, _ in own], mode="markers", meta={"metric": cost},
                 name="chosen" if group == 2 else name, marker={"color": colour, "symbol": symbol, "size": size},
@@ -274,8 +274,8 @@ def costs_of(sweep: Sweep) -> Figure | None:
             x=names, y=spent, name=label(stage), marker={"color": f"@{number % 10}", "line": {"width": 0}},
             hovertemplate="%{x}: %{y:.1f} s<extra>" + label(stage) + "</extra>",
         )  # fmt: skip
-    # As categories: Plotly would take ids such as "1e5" for numbers.
+    # Ids are categories; otherwise Plotly would take one such as "1e5" for a number.
     drawn.layout |= {"barmode": "stack", "bargap": 0.15}
-    drawn.axis("yaxis", "seconds that ran")
+    drawn.axis("yaxis", "seconds of stages that ran")
     drawn.axis("xaxis", type="category", showticklabels=len(names) <= _MANY_TRIALS)
     return drawn.done(320)

@@ -21,17 +21,17 @@ DASH = "\u2013"
 
 
 class Cell(TypedDict):
-    """A cell of a table, as the template of the page reads it."""
+    """A cell of a table, as the template of the page uses it."""
 
     value: str
     interval: str
-    """Text in smaller type after the value; empty for none."""
+    """Text in smaller type after the value; may be empty."""
     best: bool
     """Whether the cell is highlighted."""
     key: float | None
-    """Number that the column is sorted by; None sorts by the text."""
+    """Number by which the column is sorted; None to sort by the text."""
     state: NotRequired[str]
-    """State of a trial, which decides the colour."""
+    """State of a trial, which sets the colour."""
 
 
 Cells = list[Cell]
@@ -39,9 +39,9 @@ Cells = list[Cell]
 
 
 def metrics(entries: Sequence[Entry]) -> list[str]:
-    """Return the names of the table's columns: metrics that strengths were chosen by, metrics that bounded the choice, others.
+    """Return the metrics of the table's columns: those that chose strengths, those that bounded choices, then others.
 
-    Metrics of single layers are left out; they are drawn in a figure.
+    Metrics of single layers are not in the table; a figure shows them.
     """
     rules = [entry.choice["rule"] for entry in entries if entry.choice]
     first = [rule["metric"] for rule in rules] + [rule["within"]["metric"] for rule in rules if rule["within"]]
@@ -50,7 +50,7 @@ def metrics(entries: Sequence[Entry]) -> list[str]:
 
 
 def cell(metric: MetricNumbers | None) -> str:
-    """Format a metric with its interval and the items that it leaves out; a dash if nothing was scored."""
+    """Format a metric with its interval and the number of skipped items; a dash if nothing was scored."""
     if metric is None:
         return DASH
     words = ", ".join(part for part in (left_out(metric), between_seeds(metric)) if part)
@@ -79,11 +79,11 @@ def rows(entries: Sequence[Entry], names: Sequence[str]) -> list[list[str]]:
 
 
 def _unsteered(entries: Sequence[Entry]) -> list[Entry]:
-    """Return, for each model that was measured at strength 0, the first run that did so."""
+    """Return, for each model that was measured at strength 0, the first run that measured it."""
     by_model: dict[str, Entry] = {}
     for entry in entries:
         if UNPATCHED in entry.summary["strengths"]:
-            # The whole `model` section of the job, since dtype and prompt settings change the model's outputs too.
+            # The key is the whole `model` section of the job, since dtype and prompt settings change the model's outputs too.
             by_model.setdefault(json.dumps(entry.job.get("model"), sort_keys=True), entry)
     return list(by_model.values())
 
@@ -91,7 +91,7 @@ def _unsteered(entries: Sequence[Entry]) -> list[Entry]:
 def overview(entries: Sequence[Entry], names: Sequence[str]) -> list[Cells]:
     """Return `rows` as cells, with the best value of each column marked.
 
-    A column has no best value if its metric has no better direction, or if the runs measured it with different settings.
+    No value of a column is marked if its metric has no better direction, or if the runs measured it with other settings.
     """
     plain = _unsteered(entries)
     values = [[_value(entry.summary["strengths"][UNPATCHED].get(name)) for name in names] for entry in plain]
@@ -103,7 +103,7 @@ def overview(entries: Sequence[Entry], names: Sequence[str]) -> list[Cells]:
     ]
     table = []
     for number, line in enumerate(rows(entries, names)):
-        # Only runs are marked: the models at strength 0 are what they are compared with.
+        # Only runs are marked; the rows at strength 0 are the baseline.
         marks = [False, False, *(number >= first and len(entries) > 1 and value is not None and value == top
                  for value, top in zip(values[number], best, strict=True)), False]  # fmt: skip
         keys = [None, None, *values[number], None]
@@ -127,7 +127,7 @@ def _value(metric: MetricNumbers | None) -> float | None:
 
 
 def _best(values: Sequence[float | None], better: Better | None) -> float | None:
-    """Return the best value of a column; None if all are equal or no direction is better."""
+    """Return the best value of a column; None if all are equal or the metric has no better direction."""
     scored = [value for value in values if value is not None]
     if len(set(scored)) < 2 or better is None:
         return None
@@ -135,30 +135,30 @@ def _best(values: Sequence[float | None], better: Better | None) -> float | None
 
 
 def _split(text: str, best: bool, key: float | None) -> Cell:
-    """Return a cell with its value and interval separated, so that the page can set the interval in smaller type."""
+    """Return a cell with separate value and interval, so that the page can print the interval in smaller type."""
     value, bracket, interval = text.partition(" [")
     return {"value": value, "interval": bracket.strip() + interval, "best": best, "key": key}
 
 
 def trials(sweep: Sweep) -> tuple[list[str], list[Cells]]:
     """Return the header and the lines of the table of trials: the best first, trials without a value last."""
-    stands = standing(sweep)
+    class_of = standing(sweep)
     shown = sweep.metrics[:6]
     seeded = len({trial.get("seed") for trial in sweep.trials}) > 1
     header = ["trial", *(["seed"] if seeded else []), *sweep.parameters, *shown, "ran, s", "state"]
-    # The chosen trial first: with bounds or prices it need not have the best value.
-    ranked = sorted(sweep.finished, key=lambda trial: stands(trial) != 2)
-    # Trials that failed, were stopped or are still running have no value, but belong into the table.
+    # The chosen trial comes first: with bounds or prices it need not have the best value.
+    ranked = sorted(sweep.finished, key=lambda trial: class_of(trial) != 2)
+    # Trials that failed, were stopped or are still running have no value, but belong in the table.
     ranked += [trial for trial in sweep.trials if trial not in ranked]
-    # The best of each column: the chosen trial is marked by its star, and need not be the best in all of them.
+    # The best value of each column is marked, beside the star of the chosen trial, which need not be the best in each.
     tops = [
         _best([m["value"] for trial in sweep.trials if (m := measured(trial, name))], _better(sweep, name)) for name in shown
     ]
     body = []
     for trial in ranked:
         # A star for the best trial, an approximately-equal sign for those that cannot be distinguished from it.
-        mark = ("", "\u2248", "\u2605")[stands(trial)]
-        line: Cells = [{**_plain(f"{mark} {trial['trial_id']}".strip()), "best": stands(trial) == 2}]
+        mark = ("", "\u2248", "\u2605")[class_of(trial)]
+        line: Cells = [{**_plain(f"{mark} {trial['trial_id']}".strip()), "best": class_of(trial) == 2}]
         if seeded:
             line.append(_plain(trial.get("seed")))
         line += [_parameter(name, trial.get(f"param.{name}")) for name in sweep.parameters]
@@ -181,7 +181,7 @@ def _better(sweep: Sweep, metric: str) -> Better | None:
 
 
 def _parameter(name: str, value: object) -> Cell:
-    """Return the value of a parameter as people say it; columns are sorted by the number."""
+    """Return the value of a parameter in readable form; columns are sorted by the number."""
     cell_of_value = _plain(value)
     return {**cell_of_value, "value": said(name, value)} if isinstance(value, float) else cell_of_value
 

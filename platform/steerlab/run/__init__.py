@@ -9,7 +9,7 @@ from steerlab.run.comparison import Comparison, Side, compare
 from steerlab.run.execution import Run, default_root, execute, new_id
 from steerlab.run.record import MetricNumbers, Reported, RunSummary, environment, reported_strength, root_cause, summarise
 
-# `import steerlab as sl` gives the function `sl.run(...)` as well, which this package would hide.
+# `import steerlab as sl` also gives the function `sl.run(...)`, which this package would otherwise hide.
 sys.modules[__name__].__class__ = CalledPackage
 
 __all__ = [

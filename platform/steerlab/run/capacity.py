@@ -86,13 +86,13 @@ def check_disk(records: list[plan.Record], needs: Estimates, store: Store) -> No
 def check_memory(records: list[plan.Record], needs: Estimates, available: int, where: str) -> None:
     """Refuse uncached stages of which one needs more than `available` bytes of memory on each worker.
 
-    `where` names the machine in the message.
+    `where` is the machine's name for the message.
 
     Raises:
         ValueError: the message names the stage that needs most.
     """
     left = [(needs[r.stage.key].memory_bytes, r.stage.name) for r in records if r.status != "cached" and r.stage.key in needs]
-    # Not the sum: the stages of one job run one after another.
+    # The maximum, not the sum: the stages of one job run one after another.
     most, name = max(left, default=(0, ""))
     if most > available:
         raise ValueError(
@@ -113,8 +113,8 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
     """Refuse a job that the connected Ray cluster cannot run.
 
     Checked are: the package that a ROOT in an object store needs, and STEERLAB_CACHE_GB; on several nodes, whether a local ROOT
-    is one shared folder; the GPUs that the job requires; the workers, where a training is left to do, of this job or of one
-    that it builds on; and the free disk at ROOT and the memory of the largest node (unless the stages use GPUs).
+    is one shared folder; the GPUs that the job requires; the workers, if a training of this job or of one that it builds on has
+    still to run; and the free disk at ROOT and the memory of the largest node (unless the stages use GPUs).
     Warns of local input files on a cluster of several nodes.
 
     Raises:
@@ -127,7 +127,7 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if store.is_local and len(nodes) > 1:
         sharing.check(store, {node["NodeID"]: node["NodeManagerHostname"] for node in nodes})
-    # The user's own code travels with the requests to the nodes; all other files are read where they lie.
+    # The user's own code travels with the requests to the nodes; all other files are read at their own paths.
     code = {code.path for code in own_code.codes_in(list(planned.start.paths.values()))}
     files = [path for path in planned.start.paths.values() if path not in code]
     if len(nodes) > 1 and files:
@@ -140,7 +140,7 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
     records = plan.status(planned.stages, store)
     left = {record.stage.key for record in records if record.status != "cached"}
     if left & planned.trainings.keys():
-        # All stages run with the `scale` of the job that is asked for, also those of jobs that it builds on.
+        # All stages run with the `scale` of the requested job, including those of the jobs that it builds on.
         reserved.check(planned.job.scale)
     needs = estimates(planned, facts, records)
     check_disk(records, needs, store)

@@ -20,7 +20,7 @@ from steerlab.run import folder as folders
 from steerlab.storage.store import Store
 
 _LIBRARIES = {"checkpoint": "transformers", "peft": "peft", "gguf": "gguf"}
-"""Name of the library on the hub by the format of the export; others have none."""
+"""Name of the library on the hub by the format of the export; other formats have no name there."""
 _OF_DATA = ("format", "field", "limit", "offset", "where", "equals", "shuffle")
 """Settings of a data set that say which rows were taken, for the card."""
 
@@ -44,7 +44,7 @@ def written(
         note: What differs from the patched model; None if nothing does.
         base: Hub id of the model; None if it has none.
         is_drawing: Whether the model is a diffusion pipeline.
-        run: ROOT and the folder of the run; None for a folder that was exported before, which says nothing of its run.
+        run: ROOT and the folder of the run; None for a folder that was itself exported, which does not record its run.
     """
     job = {} if run is None else folders.job(*run)
     tags = ["steerlab", *([job["method"]["name"]] if job else [])]
@@ -66,7 +66,7 @@ def written(
 
 
 def _method(job: Mapping[str, Any]) -> str:
-    """Return the method's own words about itself, with its paper, and its settings."""
+    """Return the method's description with its paper, and its settings."""
     config = job["method"]
     settings = yaml.safe_dump(_shared(dict(config)), sort_keys=False, allow_unicode=True).strip()
     return "\n\n".join(filter(None, [f"## Method\n\n{_about(config)}", f"```yaml\n{settings}\n```"]))
@@ -96,10 +96,10 @@ def _data(job: Mapping[str, Any]) -> str:
 
 
 def _numbers(store: Store, folder: str, strength: float) -> str:
-    """Return the metrics of the run at the exported strength, and those without the patch where they were measured."""
+    """Return the run's metrics at the exported strength and, if they were measured, those without the patch."""
     summary = folders.summary(store, folder)
     measured: Mapping[float, Mapping[str, Any]] = summary["strengths"]
-    # A model without a patch has its metrics at the one strength that is written for it.
+    # A model without a patch reports no strength, so its metrics are taken as they are.
     own = measured.get(strength) or (summary["metrics"] if not summary.get("reported") else None)
     if own is None:
         known = ", ".join(f"{value:g}" for value in sorted(measured))
@@ -135,7 +135,7 @@ def _origin(store: Store, folder: str) -> str:
 
 
 def _shared(value: object) -> Any:
-    """Return a value of a job without secrets, and without the folders of paths, which are nobody else's business."""
+    """Return a value of a job without secrets, and with paths shortened to their last name, since folders are private."""
     if isinstance(value, dict):
         return {name: _shared(item) for name, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
@@ -146,7 +146,7 @@ def _shared(value: object) -> Any:
 
 
 def hub_id(source: str | None) -> str | None:
-    """Return the hub id, or the path, by which other programs know a source; None for a source of this package's own."""
+    """Return the hub id, or the path, by which other programs know a source; None for a source that only this package knows."""
     if source is None:
         return None
     parsed = sources.parse(source)

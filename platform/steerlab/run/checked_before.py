@@ -1,7 +1,7 @@
-"""Keep what the checks of a job found, so that the command that runs or plans it again need not load its model's code.
+"""Store the results of a job's checks, so that a later command on the same job need not load its model's code.
 
 A check is a pure function of the job, of the files that it names and of the code that checks; its results (sizes of the model,
-warnings, estimates) are kept under a hash of these in the cache of this machine. A job that was refused is checked again.
+warnings, estimates) are stored under a hash of these in this machine's cache. A refused job is checked again.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "diffusers", "datasets", "p
 
 
 def _of_fields(kind: type[object]) -> BeforeValidator:
-    """Return an annotation that makes an object of a dataclass from its fields, which strict types would refuse."""
+    """Return an annotation that builds a dataclass from a dict of its fields, which pydantic's strict mode would refuse."""
     return BeforeValidator(lambda value: kind(**value) if isinstance(value, dict) else value)
 
 
 class _Outcome(saved.Shape):
-    """What the checks of a job found."""
+    """Stored results of a job's checks."""
 
     facts: Annotated[ModelFacts, _of_fields(ModelFacts)]
     warnings: list[str]
     needs: dict[str, Annotated[Estimate, _of_fields(Estimate)]] = {}
-    """Estimate by the key of the stage; a stage that needs little has none."""
+    """Estimate by the key of the stage. A stage that needs little has no entry."""
     estimated: list[str] = []
-    """Keys of the stages whose estimates are in `needs`, or that need little."""
+    """Keys of all stages that were estimated, with or without an entry in `needs`."""
 
 
 def check(planned: Plan, path: Path | None = None) -> ModelFacts:
@@ -59,7 +59,7 @@ def check(planned: Plan, path: Path | None = None) -> ModelFacts:
         return facts
     for text in outcome.warnings:
         warnings.warn(text, stacklevel=2)
-    # Packages, environment variables and services that the tasks name: these may have changed with all files as they were.
+    # Packages, environment variables and services that the tasks name may have changed although no file has.
     for below in planned.chain:
         check_named(below.job, outcome.facts)
     return outcome.facts
@@ -80,7 +80,7 @@ def estimates(planned: Plan, facts: ModelFacts, records: list[Record]) -> capaci
 
 
 def _checked(planned: Plan, path: Path | None) -> tuple[ModelFacts, list[str]]:
-    """Check a job; return the sizes of its model and the texts of the warnings, which are also given."""
+    """Check a job; return the sizes of its model and the texts of the warnings, which are also raised as warnings."""
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always", UserWarning)
         try:
@@ -93,7 +93,7 @@ def _checked(planned: Plan, path: Path | None) -> tuple[ModelFacts, list[str]]:
 
 
 def _file(planned: Plan) -> Path | None:
-    """Return the file of a job's results; None if a source is missing, which the check says in better words."""
+    """Return the file of a job's results; None if a source is missing, for which the check has the better message."""
     try:
         jobs = [described(below.job, sources.fingerprint) for below in planned.chain]
         model = state_of(sources.fetch(planned.source))
@@ -105,18 +105,18 @@ def _file(planned: Plan) -> Path | None:
 
 @cache
 def _code() -> Sequence[object]:
-    """Return a value that changes when this package, a library or the set of installed packages does."""
+    """Return a value that changes with this package, a library or the set of installed packages."""
     here = Path(__file__).parents[1]
-    # Times and not content, since all files of the package are looked at each time.
+    # Times and sizes stand for the content, which would take longer to read: all files are checked each time.
     own = [(str(file.relative_to(here)), file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(here.rglob("*.py"))]
     versions = [importlib.metadata.version(name) for name in _LIBRARIES]
-    # The folder changes with every package that is installed into it or taken out of it.
+    # The folder changes with every package that is installed into it or removed from it.
     installed = [Path(sysconfig.get_path(kind)).stat().st_mtime_ns for kind in ("purelib", "platlib")]
     return [sys.version, own, versions, installed]
 
 
 def _read(file: Path | None) -> _Outcome | None:
-    """Return kept results; None if there are none, or if the file is damaged."""
+    """Return stored results; None if they are missing or damaged."""
     try:
         return None if file is None else saved.read(file, _Outcome)
     except (FileNotFoundError, saved.SavedError, files.FileError, TypeError):
@@ -131,5 +131,5 @@ def _write(file: Path | None, outcome: _Outcome) -> None:
         with written_whole(file) as scratch:
             scratch.write_text(outcome.model_dump_json())
     except OSError:
-        # A cache that cannot be written costs time and nothing else.
+        # If the cache cannot be written, the job is only checked again the next time.
         return

@@ -1,6 +1,6 @@
 """Check the settings, the data and the model of a job before anything starts.
 
-Each error names the key of the job that is wrong and says what would be right. No weights are loaded: sizes and modules come
+Each error names the key of the job that is wrong and explains how to correct it. No weights are loaded: sizes and modules come
 from a model on the meta device (`models.skeleton`).
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def facts_of(planned: Plan) -> models.ModelFacts:
     """Return the sizes of a job's model."""
-    # A job that starts from the model of another job has the same architecture as the source at the bottom of that chain.
+    # A job that starts from the model of another job has the same architecture as the source at the end of that chain.
     directory = sources.fetch(planned.source)
     return _facts(directory, state_of(directory), planned.job.model.trust_remote_code)
 
@@ -48,7 +48,7 @@ def check(planned: Plan, path: Path | None = None) -> models.ModelFacts:
         Sizes of the job's model.
 
     Raises:
-        ValueError: the message names the key that is wrong, and says what would be right.
+        ValueError: the message names the wrong key, and explains how to correct it.
     """
     try:
         return _checked(planned)
@@ -97,7 +97,7 @@ def _check_settings(job: Job, facts: models.ModelFacts) -> None:
     try:
         TABLE.of(job.method).check(job.method, facts, job)
     except ValueError as error:
-        # Raised again from this package: an error of the user's own method file would else count as an internal error
+        # Raised again from this package: an error of the user's own method file would otherwise count as an internal error
         # (`faults.is_for_people`).
         raise ValueError(str(error)) from error
 
@@ -112,7 +112,7 @@ def _check_start(below: Job) -> None:
         if (value := getattr(below, name)) is not None and (name, value) != ("strength", 1):
             raise ValueError(
                 f"model.source: the job {below.name} sets {name} {value:g}, which concerns its own evaluation only; a job that "
-                f"builds on it starts from the end of its training, with its patch at strength 1: leave {name} out there"
+                f"builds on it starts from the end of its training, with its patch at strength 1: remove {name} there"
             )
 
 
@@ -125,18 +125,18 @@ def _check_method(planned: Plan) -> None:
         raise ValueError(f"train: this key is required by method {name}")
     if method.reads_model(job.method):
         if job.extract is None:
-            raise ValueError(f"extract: this key is required by method {name}: it says where the model is read, and how")
+            raise ValueError(f"extract: this key is required by method {name}: it sets where and how activations are extracted")
         if job.extract.keep != "rows":
             raise ValueError(f"extract.keep {job.extract.keep}: method {name} is fitted on the rows")
         wanted = method.pools(job.method)
-        # A fit place after place pools by itself and reads no stored activations.
+        # A method that fits one layer after another extracts and pools its own activations, so it uses no stored ones.
         if method.reads(job.method) and wanted not in job.extract.pooling:
             raise ValueError(f"method.pooling {wanted}: extract.pooling is {list(job.extract.pooling)}; add it there")
     if method.changes_trained:
         # Both raise if the chain of jobs lacks a model that the method compares.
         _ = planned.before, planned.unaligned
     if job.inverse and not planned.leaves_maps:
-        raise ValueError("inverse: the job's model carries no maps of activations, which alone have an inverse; leave it out")
+        raise ValueError("inverse: the job's model has no maps of activations, and only these have an inverse; remove this key")
     if not (job.train or job.evaluate or job.extract or method.closed_form):
         raise ValueError("the job has neither a train nor an extract nor an evaluate section, so there is nothing to do")
 
@@ -151,7 +151,7 @@ def _check_training(job: Job) -> None:
     if trains_on not in job.data.by_role:
         raise ValueError(f"data.{trains_on}: this key is required, because method {name} trains on it")
     trained, validation = job.data.by_role[trains_on], job.data.validation
-    # A preference loss needs pairs of answers, and the loss of all other methods needs one answer.
+    # A preference loss needs pairs of answers, while the losses of all other methods need a single answer.
     if validation is not None and (validation.format == "preference") != (trained.format == "preference"):
         raise ValueError(
             f"data.validation: method {name} trains on rows of format {trained.format}, and its loss cannot be computed for "
@@ -165,11 +165,11 @@ def _check_training(job: Job) -> None:
         check_masters(job)
     # Snapshots hold the weights of a patch. A method that trains the model itself would store whole models.
     if method.leaves_model and job.train.snapshots:
-        raise ValueError(f"train.snapshots: method {name} trains the model itself, so a patch alone is no snapshot of it")
+        raise ValueError(f"train.snapshots: method {name} trains the model itself, so a snapshot of a patch does not exist")
 
 
 def _warn_of_strengths(job: Job) -> None:
-    """Warn of strengths outside the range for which the method is defined (0 to 1 for an interpolation, for example)."""
+    """Warn of strengths outside the range for which the method is meant (0 to 1 for an interpolation, for example)."""
     strength_range = TABLE.of(job.method).strength_range
     strengths = {*(job.choose.strengths if job.choose else ()), *(s for task in job.tasks for s in task.strengths)}
     outside = sorted(
@@ -194,7 +194,7 @@ def _check_places(planned: Plan) -> None:
         "extract.select": job.extract.select if job.extract else None,
         "method.steer": TABLE.of(job.method).steers(job.method),
     }
-    # Two selections, since a job may read activations at one place and change them at another.
+    # A job may extract activations at one place and change them at another, so both selections are checked.
     for key, selection in named.items():
         if selection is not None:
             try:
@@ -220,14 +220,14 @@ def _check_runs(chosen: Sequence[taps.Tap], skeleton: Model, outputs: bool) -> N
         return
     never = [tap.module for tap in chosen if tap.module not in running]
     if never:
-        raise ValueError(f"{taps.did_not_run(never, len(chosen))}; take them out with exclude_modules")
+        raise ValueError(f"{taps.did_not_run(never, len(chosen))}; exclude them with exclude_modules")
     for tap in chosen if outputs else ():
         # Outputs such as an auxiliary loss or a cache have no axis of tokens, and a patch adds a value at each token.
         value = taps.value_at(running[tap.module], tap.element, f"the value of {tap.module}")
         if not tap.element and axes.per_token(value, models.DRY_SHAPE_BT).shape[:2] != models.DRY_SHAPE_BT:
             raise ValueError(
-                f"the value of {tap.module} has the axes {tuple(value.shape)} where {models.DRY_SHAPE_BT[0]} rows of "
-                f"{models.DRY_SHAPE_BT[1]} tokens are read: none for each token, so there is nothing to read or steer"
+                f"the value of {tap.module} has the axes {tuple(value.shape)} for {models.DRY_SHAPE_BT[0]} rows of "
+                f"{models.DRY_SHAPE_BT[1]} tokens: it has no vector for each token that could be extracted or steered"
             )
 
 
@@ -254,12 +254,10 @@ def _check_drawing(planned: Plan) -> None:
         check_data(role, data)
     if job.extract is not None and "none" in job.extract.pooling:
         raise ValueError(
-            "extract.pooling none keeps one value for each token, and an image has no tokens: pool over its pixels (mean)"
+            "extract.pooling none stores one vector for each token, but an image has no tokens: pool over its pixels (mean)"
         )
     if planned.method.pools(job.method) == "last":
-        raise ValueError(
-            "method.pooling last is that of the last token, and an image has no tokens: pool over its pixels (mean)"
-        )
+        raise ValueError("method.pooling last takes the last token, but an image has no tokens: pool over its pixels (mean)")
     models.check_sampler(sources.fetch(planned.source), job.model.drawing)
     for below in planned.chain[1:] if job.model.drawing.denoiser is not None else ():
         if below.job.train is not None and below.method.leaves_model:
@@ -274,7 +272,7 @@ def _check_drawing(planned: Plan) -> None:
         )
 
 
-# `state` is part of the cache key only: it changes when a file of the folder does.
+# `state` is part of the cache key only: it changes with the files of the folder.
 @lru_cache(maxsize=16)
 def _facts(directory: Path, state: Hashable, trust_remote_code: bool) -> models.ModelFacts:
     return models.facts(directory, trust_remote_code)

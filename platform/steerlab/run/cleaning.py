@@ -1,4 +1,4 @@
-"""Remove from a ROOT what no run and no sweep names: artifacts, and the work directories of stages that nobody continues."""
+"""Remove artifacts and unfinished work from a ROOT that none of its runs and sweeps names."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from steerlab.storage.store import Store
 
 @dataclass(frozen=True)
 class Leftovers:
-    """What may be removed from a ROOT."""
+    """Artifacts and work directories that may be removed from a ROOT."""
 
     artifacts: dict[Address, int]
-    """Size in bytes of each artifact that no run and no sweep names, and on a disk of each that is incomplete."""
+    """Size in bytes of each artifact that no run or sweep names; on a local ROOT also of each incomplete artifact."""
     work: dict[Address, int]
     """Size of each work directory of a stage that no run names, or whose artifact is complete."""
 
     @property
     def num_bytes(self) -> int:
-        """Size of all of it."""
+        """Total size."""
         return sum(self.artifacts.values()) + sum(self.work.values())
 
 
 @dataclass(frozen=True)
 class Removed:
-    """What was removed."""
+    """Numbers and bytes that were removed."""
 
     artifacts: int
     work: int
@@ -36,33 +36,33 @@ class Removed:
 
 
 def leftovers(store: Store) -> Leftovers:
-    """Return what no run and no sweep of a ROOT names, and no process works on.
+    """Return what no run or sweep of a ROOT names and no process is computing.
 
     Raises:
-        ValueError: a run or a sweep does not say which artifacts it names.
+        ValueError: the artifacts that a run or a sweep names cannot be determined.
     """
     content = inventory.take(store)
     _check(content, store)
     kept = _with_inputs(store, content.named)
     free = {address: size for address, size in content.artifacts.items() if address not in kept}
-    if store.is_local:  # in a bucket, an incomplete one may be an upload that goes on
+    if store.is_local:  # in a bucket, an incomplete artifact may be an upload in progress
         free |= content.incomplete
-    # Answers of a judge are named by no run, and they were paid for.
+    # Answers of a judge's API cost money, so they stay although no run names them.
     artifacts = {address: size for address, size in free.items() if address[0] != inventory.PAID and _is_free(store, address)}
     done = content.artifacts.keys()
     work = {
         address: size
         for address, size in content.work.items()
-        # The checkpoints of a run that was killed: it continues from them, so they stay as long as the run names the stage.
+        # A killed run continues from its checkpoints, so they stay as long as the run names the stage.
         if (address in done or address not in kept) and _is_free(store, address)
     }
     return Leftovers(artifacts, work)
 
 
 def remove(store: Store, leftovers: Leftovers) -> Removed:
-    """Remove leftovers, except for what a run has come to name since they were looked up."""
-    # First they cease to exist, and then the runs are asked again: a run that has begun meanwhile wrote down the names of its
-    # artifacts before it looked for them, so either it is seen here, or it has found them missing and makes them again.
+    """Remove leftovers, except for those that a run has started to name since they were listed."""
+    # The artifacts are hidden first, and then the runs are read again. A run that has begun meanwhile writes the names of its
+    # artifacts before it looks for them: either its names are seen here, or it finds the artifacts missing and recomputes them.
     hidden = {address: store.hide(*address) for address in leftovers.artifacts if store.has(*address)}
     named = _with_inputs(store, inventory.take(store).named)
     for address in hidden.keys() & named:
@@ -75,7 +75,7 @@ def remove(store: Store, leftovers: Leftovers) -> Removed:
 
 
 def _alone(store: Store, address: Address, act: Callable[[str, str], None]) -> bool:
-    """Do something to a stage that no process computes; return whether it was done."""
+    """Act on a stage if no process is computing it; return whether that was so."""
     try:
         with claims.hold(store, "-".join(address), wait=False):
             act(*address)
@@ -90,12 +90,12 @@ def _check(content: Inventory, store: Store) -> None:
         more = f" (and {len(unclear) - 1} more like it)" if len(unclear) > 1 else ""
         raise ValueError(
             f"{store.root}/{unclear[0].folder} does not say which artifacts it needs: {unclear[0].problem}{more}; "
-            "remove the folder if you need it no longer, then nothing of it is kept"
+            "if you no longer need this folder, remove it; its artifacts can then be removed too"
         )
 
 
 def _with_inputs(store: Store, named: set[Address]) -> set[Address]:
-    """Return artifacts and all those that they were made from, as far as their manifests can be read."""
+    """Return artifacts and, as far as their manifests can be read, all artifacts that they were computed from."""
     kept, left = set[Address](), list(named)
     while left:
         address = left.pop()
@@ -109,7 +109,7 @@ def _with_inputs(store: Store, named: set[Address]) -> set[Address]:
 def _inputs(store: Store, address: Address) -> Sequence[Address]:
     try:
         inputs = store.manifest(*address)["meta"].get("inputs")
-    except (ValueError, OSError):  # missing or damaged: the runs name its inputs, too
+    except (ValueError, OSError):  # a missing or damaged manifest: runs name the inputs too
         return []
     pairs = inputs if isinstance(inputs, list) else []
     return [(str(pair[0]), str(pair[1])) for pair in pairs if isinstance(pair, list) and len(pair) == 2]

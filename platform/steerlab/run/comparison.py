@@ -36,7 +36,7 @@ class Named(NamedTuple):
     run_id: str
     method: str
     is_steered: bool
-    """False when the run has no patch, and so no strength."""
+    """False if the run has no patch and therefore no strength."""
 
     def __str__(self) -> str:
         return f"{self.name}/{self.run_id} (method {self.method})"
@@ -71,7 +71,7 @@ def compare(first: Side, second: Side) -> Comparison:
     metrics = {}
     for name in (name for name in ours if name in theirs):
         own, other = ours[name], theirs[name]
-        # Item 3 of other data is another item, so a paired test over equal ids would be wrong.
+        # Equal ids in different data name different items, so a paired test would be wrong.
         if own.task != other.task:
             raise ValueError(f"{name} was measured on other data or with other settings in the two runs, so items do not pair")
         if _pairs(own.observations, other.observations):
@@ -83,10 +83,10 @@ def compare(first: Side, second: Side) -> Comparison:
 
 
 def _pairs(a: Sequence[Observation], b: Sequence[Observation]) -> bool:
-    """Say whether a paired difference of two metrics is defined, or must be refused with an error.
+    """Return whether to compute the paired difference of two metrics, which may still refuse them with an error.
 
-    True when items with a weight were scored in both runs. False when nothing was scored on a side (such as SEP when no probe
-    was executed), so the metric is left out of the comparison. True also when the runs share no item id at all: they used other
+    True when items with a weight were scored in both runs. False if one run scored nothing (such as SEP when no probe
+    was executed), so the metric is skipped. True also when the runs share no item id at all: they used other
     data, for which `paired_difference` raises an error.
     """
     # An item with weight 0 was scored, but does not count in the mean.
@@ -111,7 +111,7 @@ class _Measured(NamedTuple):
 
 
 class _Params(saved.Shape):
-    """Parameters of an evaluation in its manifest, as far as they are read here."""
+    """The parameters of an evaluation in its manifest that a comparison needs."""
 
     task: JsonObject
     task_version: int
@@ -137,15 +137,15 @@ class _Run(NamedTuple):
                 f"{where} is a sweep, but only runs can be compared: give a trial's run folder (column `run` of trials.parquet)"
             )
         if "job.yaml" not in files:
-            raise ValueError(f"{where} is no run folder (ROOT/runs/NAME/ID)")
+            raise ValueError(f"{where} is not a run folder (ROOT/runs/NAME/ID)")
         if "summary.json" not in files:
             raise ValueError(f"{where} is a run that did not finish{_reason(store, folder, files)}")
         summary = folders.read_summary(store, folder)
-        # Not read with defaults: a field that moved would look like a metric that is missing.
+        # Another version is refused, not filled with defaults: a field that moved would look like a missing metric.
         if summary.version != SCHEMA:
             raise ValueError(
                 f"{where} was written by another version of steerlab (summary {summary.version}, not {SCHEMA}): run its "
-                "job again, what has not changed is taken from the store"
+                "job again; unchanged stages are taken from the store"
             )
         job = folders.job(store, folder)
         name = Named(job["name"], folder.rpartition("/")[2], job["method"]["name"], bool(summary.reported))
@@ -167,7 +167,7 @@ class _Run(NamedTuple):
             if strength in (None, *strengths):
                 metrics |= self._metrics(label, key, strengths[0] if strength is None else strength, strength)
             elif strength == UNPATCHED and plain is not None:
-                # If the strength was chosen, the model without the patch was measured in an evaluation of its own.
+                # If the strength was chosen, a separate evaluation measured the model without the patch.
                 metrics |= self._metrics(label, plain, self._strengths(plain)[0], strength)
         if not metrics and strength is not None:
             available = ", ".join(f"{value:g}" for value in measured) or "none"
@@ -190,7 +190,7 @@ class _Run(NamedTuple):
         """
         stored_params = plan.made(self.store, "evaluate", key).params
         params = saved.checked(stored_params, _Params, f"the manifest of evaluate/{key} in {self.store.root}")
-        # Without the strengths: a run at more strengths still measured the same items.
+        # The strengths are ignored: a run at more strengths still measured the same items.
         task = [{**params.task, "strengths": None}, params.task_version, params.fingerprints]
         directory = self.store.local("evaluate", key)
         measures = stored.measures(directory)

@@ -1,4 +1,4 @@
-"""Check whether this machine or cluster is ready to run jobs, and say what is missing (`steerlab doctor`)."""
+"""Check whether this machine or cluster is ready to run jobs, and report what is missing (`steerlab doctor`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Finding(NamedTuple):
 
 
 def examine(root: str) -> list[Finding]:
-    """Run all checks and return their results, in the order in which people would repair what is missing."""
+    """Run all checks and return their results, in the order in which missing parts should be repaired."""
     return [_python(), *map(_package, _PACKAGES), _platform_module(), _root(root), _memory(), _gpu(), _cluster()]
 
 
@@ -82,7 +82,7 @@ def _gpu() -> Finding:
 
 def _cluster() -> Finding:
     """Check the Ray cluster, if one is running."""
-    # No cluster is started for the check: that would take many seconds and tell nothing about the cluster of a job.
+    # No cluster is started for the check: that would take many seconds and show nothing about the cluster of a job.
     import ray
 
     from steerlab.guards import private_parts
@@ -97,8 +97,8 @@ def _cluster() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         other = private_parts.running_cluster()
-        text = "none is running here" if other is None else f"one runs here, at {other}, which RAY_ADDRESS=auto joins"
-        return Finding("Ray cluster", True, f"{text}; commands start one for themselves")
+        text = "no cluster runs here" if other is None else f"one runs here, at {other}, which RAY_ADDRESS=auto joins"
+        return Finding("Ray cluster", True, f"{text}; each command starts its own cluster")
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError:

@@ -34,8 +34,8 @@ from steerlab.storage.store import Store, StoreError
 from steerlab.tracking import FINISH_WAIT_S, Place, Tracker, prometheus
 
 _METRICS_EVERY_S = 5.0
-"""Seconds between two objects with lines of metrics. A process that dies loses the lines since the last one; they come again,
-because a training that continues reports all of its steps again."""
+"""Seconds between two objects with lines of metrics. If the process is killed, the lines since the last object are lost; they
+are written again when the training continues, because it reports all of its steps again."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def execute(
     run_id: str | None = None,
     place: Place = Place(),  # noqa: B008
 ) -> Run:
-    """Run the stages of a job and write its run folder, also when a stage fails.
+    """Run the stages of a job and write its run folder, even if a stage fails.
 
     Args:
         planned: the plan of the job.
@@ -78,19 +78,19 @@ def execute(
     job, run_id = planned.job, run_id or new_id()
     folder = f"runs/{job.name}/{run_id}"
     _write_request(planned, store, folder, command)
-    # The trial of a sweep need not wait for W&B: the process that sends its metrics outlives it.
+    # A trial of a sweep need not wait for W&B: the process that sends its metrics outlives the trial.
     wait_s = FINISH_WAIT_S if place.group is None else 0
     tracker = _tracker(job, store, folder, run_id, place)
-    # Here and not in a service of its own: nothing else runs regularly on ROOT.
+    # Each run removes old temporary files, since there is no service that would do so regularly.
     store.sweep_temporary()
     records: list[plan.Record] = []
     following = _following(planned, store, folder, tracker, listener)
     try:
         plan.run(planned.stages, store, job.scale, following, records)
     except BaseException as error:
-        # Ctrl-C too: the folder should say why the run ended, and W&B should not show it as running.
+        # Ctrl-C is caught too: the folder should record why the run ended, and W&B should not show it as running.
         log = _record_failure(store, folder, records, error)
-        with suppress(OSError):  # a full disk, of which `log` speaks
+        with suppress(OSError):  # a full disk, which `log` reports
             tracker.finish({}, 1, wait_s)
         if not isinstance(error, Exception):  # Ctrl-C, or `stops.Stopped`, which the caller handles
             raise
@@ -101,7 +101,7 @@ def execute(
     try:
         return _finish(planned, store, folder, records, tracker, place, wait_s)
     except StoreError as error:
-        raise plan.StageError(f"all stages are done, but not the run's folder: {error}; run the same command again") from error
+        raise plan.StageError(f"all stages are done, but not the run folder: {error}; run the same command again") from error
 
 
 def _finish(
@@ -126,7 +126,7 @@ def _record_failure(store: Store, folder: str, records: list[plan.Record], error
     try:
         store.write_text(f"{folder}/error.txt", texts.without_secrets("".join(traceback.format_exception(error))))
         store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
-    except OSError as full:  # a full disk, often the one that ended the stage: its message must not be lost for this one
+    except OSError as full:  # often the full disk that ended the stage; the stage's own error must still be reported
         return f"no log could be written ({' '.join(str(full).split())})"
     return f"log: {store.where(folder, 'error.txt')}"
 
@@ -138,7 +138,7 @@ def new_id() -> str:
 
 def _write_request(planned: Plan, store: Store, folder: str, command: str) -> None:
     """Write job.yaml and environment.json, which hold all that a result depends on, and the stages of the plan."""
-    # The first of all: from here on the run names its artifacts, so that `steerlab gc` leaves them alone.
+    # Written before anything else: from here on the run names its artifacts, so that `steerlab gc` does not remove them.
     left = [plan.Record(stage, "to run").as_dict() for stage in planned.stages]
     store.write_json(f"{folder}/plan.json", {"stages": left})
     job_files.write(store, f"{folder}/job.yaml", planned.job)
@@ -161,7 +161,7 @@ def _keep_samples(planned: Plan, store: Store, folder: str) -> dict[str, list[Js
     for evaluation in planned.evaluations:
         samples = kept[evaluation.stage.label] = samples_of(store, evaluation)
         store.write_json(f"{folder}/samples/{evaluation.stage.label}.json", samples)
-        # A copy rather than a link: verdicts are written beside it, and an artifact does not change.
+        # The file is copied, not linked: verdicts are written beside it, and an artifact must not change.
         store.write_bytes(f"{folder}/samples/{evaluation.stage.label}.parquet", generations_of(store, evaluation))
     _keep_images(planned, store, folder)
     return kept
@@ -177,7 +177,7 @@ def _report(
 ) -> None:
     """Send what was measured to the services of the job: the run at its reported strength, and each further strength.
 
-    A strength is a point of its own, with its own metrics and samples, so that plots over parameters show all of them.
+    Each further strength is sent as its own run, with its metrics and samples, so that plots over parameters show it.
     """
     for label, rows in samples.items():
         tracker.table(f"samples/{label}", rows)
@@ -193,7 +193,7 @@ def _report(
             other.table(f"samples/{label}", [row for row in rows if row.get("strength") == strength])
         if images is not None:
             other.gallery(images, strength)
-        # Without a wait: that for the run's own writer, which sends all of them, comes last.
+        # No wait here: the wait for the run's own writer, which sends these too, comes last.
         other.finish({**_values(summary["strengths"][strength])}, 0, 0, strength)
     tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, 0, wait_s, own)
 
@@ -244,7 +244,7 @@ def _following(planned: Plan, store: Store, folder: str, tracker: Tracker, liste
             write(now=False)
         if "step" in metrics:
             shown = {name: value for name, value in metrics.items() if name not in ("steps", "left_s")}
-            # The trainings below a job's own have axes of their own: base/train, base/base/train.
+            # Trainings of the jobs that this one builds on have separate axes: base/train, base/base/train.
             depth = 0 if stage.key not in keys else len(keys) - keys.index(stage.key) - (own is not None and own.key in keys)
             tracker.log(shown, "base/" * depth + stage.name)
         prometheus.reported(stage, metrics)

@@ -1,6 +1,6 @@
 """Read the files of run and sweep folders, and validate their content.
 
-A folder may come from another version of the platform or from somebody else, so each file is checked for the fields that the
+A folder may come from another version of the platform or from another person, so each file is checked for the fields that the
 callers use. All functions raise a ValueError that names the file when it is damaged, and FileNotFoundError when it is missing.
 """
 
@@ -128,7 +128,7 @@ def environment(store: Store, folder: str) -> JsonObject:
 
 def samples(store: Store, folder: str) -> dict[str, list[JsonObject]]:
     """Return the samples of a run by the label of the task."""
-    # Images lie in the same folder, below folders of their own.
+    # The folder also contains subfolders with images.
     names = [name for name in store.list(f"{folder}/samples") if name.endswith(".json")]
     return {name.removesuffix(".json"): _like(store, f"{folder}/samples/{name}", list[Sample]) for name in names}
 
@@ -221,7 +221,7 @@ def trials(store: Store, folder: str) -> list[JsonObject]:
     """Return the rows of trials.parquet of a sweep: one for each trial and seed."""
     path = f"{folder}/trials.parquet"
     where = store.where(path)
-    # Read whole and not opened by pyarrow: ROOT may be an object store, and a damaged file then has one kind of error.
+    # The file is read as bytes, since ROOT may be an object store, and so that any damage raises the same kind of error.
     content = store.read_bytes(path)
     with explained(where):
         rows = pq.read_table(io.BytesIO(content)).to_pylist()
@@ -229,9 +229,9 @@ def trials(store: Store, folder: str) -> list[JsonObject]:
         for name, value in row.items():
             # The shape `_Trial` covers the fixed columns; the others depend on the sweep.
             if name.startswith(_NUMBERS) and not (value is None or isinstance(value, int | float)):
-                raise saved.SavedError(f"{where} is damaged: {name:.120} holds {value!r:.80}, which is no number")
+                raise saved.SavedError(f"{where} is damaged: {name:.120} holds {value!r:.80}, which is not a number")
             if not isinstance(value, _VALUES) and not (name.startswith("param.") and isinstance(value, list)):
-                raise saved.SavedError(f"{where} is damaged: {name:.120} holds {value!r:.80}, which is no value")
+                raise saved.SavedError(f"{where} is damaged: {name:.120} holds {value!r:.80}, which is not a value of a column")
     return rows
 
 

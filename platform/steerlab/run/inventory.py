@@ -1,4 +1,4 @@
-"""What lies in a ROOT: its runs and sweeps with their status and sizes, and the artifacts that they name."""
+"""List the content of a ROOT: its runs and sweeps with their status and sizes, and the artifacts that they name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Status = Literal["finished", "failed", "running", "unfinished", "damaged"]
 Address = tuple[str, str]
 """Stage and key of an artifact."""
 PAID = kept_answers.STAGE
-"""Stage of the answers of judges behind an API: named by no run, but they cost money, and are never removed."""
+"""Stage of the stored answers of judges' APIs. No run names them, but they cost money, so they are never removed."""
 _STAGE_COLUMN = "key."
 """Prefix of the columns of trials.parquet that hold keys of artifacts."""
 
@@ -28,14 +28,14 @@ class Entry:
 
     kind: Literal["run", "sweep"]
     folder: str
-    """Its folder, relative to ROOT."""
+    """The entry's folder, relative to ROOT."""
     status: Status
     num_bytes: int
-    """Size of its folder."""
+    """Size of the folder in bytes."""
     names: frozenset[Address] = frozenset()
-    """Artifacts that it names."""
+    """Artifacts that the entry names."""
     problem: str = ""
-    """Why it cannot be told what it names; empty if it can."""
+    """Why the artifacts that it names cannot be determined; empty if they can."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Inventory:
     artifacts: Mapping[Address, int]
     """Size in bytes of each complete artifact."""
     incomplete: Mapping[Address, int] = field(default_factory=dict)
-    """Size of each artifact's directory without a manifest, which is no artifact."""
+    """Size of each directory of an artifact without its manifest, which counts as incomplete."""
     work: Mapping[Address, int] = field(default_factory=dict)
     """Size of each work directory: checkpoints and parts of stages that have not ended."""
 
     @property
     def named(self) -> set[Address]:
-        """Artifacts that some run or sweep names."""
+        """Artifacts that at least one run or sweep names."""
         return {address for entry in self.entries for address in entry.names}
 
     def bytes_of(self, entry: Entry) -> int:
@@ -61,7 +61,7 @@ class Inventory:
 
 
 def take(store: Store) -> Inventory:
-    """Read what lies in a ROOT. Damaged files make an entry "damaged" and raise nothing."""
+    """Read the content of a ROOT. A run or sweep with damaged files gets the status "damaged"; no error is raised."""
     sizes = store.sizes("artifacts")
     complete = {_address(path) for path in sizes if path.endswith(f"/{MANIFEST}") and path.count("/") == 3}
     directories, work = _summed(sizes), _summed(store.sizes("work"))
@@ -102,7 +102,7 @@ def _run(store: Store, folder: str, num_bytes: int) -> Entry:
     try:
         stages = folders.stages(store, folder)
     except FileNotFoundError:
-        # Killed before versions that write the plan first; what it used cannot be told.
+        # Earlier versions wrote the plan at the end, so the artifacts of a run that was killed then are unknown.
         return Entry("run", folder, "unfinished", num_bytes, problem="it has no plan.json")
     except (SavedError, StoreError) as error:
         return Entry("run", folder, "damaged", num_bytes, problem=str(error))

@@ -9,13 +9,13 @@ from steerlab.job import Job, dump
 from steerlab.storage.store import Store
 
 _SCHEMA = "schema.json"
-"""The schema in ROOT: that of the version which wrote there last."""
+"""Path of the schema in ROOT, which the last writing version has replaced with its own."""
 
 
 def write(store: Store, path: str, job: Job) -> None:
     """Write a job with all its settings to a path below ROOT, and the schema to ROOT.
 
-    The first line names the schema by a relative path, so that it holds wherever ROOT lies.
+    The first line names the schema by a relative path, so that it stays valid when ROOT is moved.
     """
     schema = resources.files("steerlab.job").joinpath(_SCHEMA).read_text(encoding="utf-8")
     if _present(store) != schema:

@@ -11,7 +11,7 @@ from steerlab.stages import Plan
 def of(job: Job) -> TrainConfig:
     """Return the `train` section of a job with its steps as a number; for epochs it counts the rows of the data set.
 
-    The training itself counts after it has dropped the rows whose prompts do not fit, so it may take fewer steps.
+    The training counts rows after dropping those whose prompts do not fit, so it may take fewer steps.
 
     Raises:
         ValueError: a snapshot or the end of the warm-up comes after the last step.
@@ -21,7 +21,7 @@ def of(job: Job) -> TrainConfig:
 
 
 def in_words(planned: Plan) -> list[str]:
-    """Return a line for each training of a plan that is given in epochs, which says how many steps these are."""
+    """Return a line for each training of a plan that is given in epochs, with its number of steps."""
     return [
         f"{job.name}: {job.train.epochs:g} epochs of {_num_rows(job):,} rows, {job.train.rows_per_step} in a step, are "
         f"{of(job).num_steps:,} steps; a row whose prompt does not fit into train.max_tokens is dropped and does not count"
@@ -31,7 +31,7 @@ def in_words(planned: Plan) -> list[str]:
 
 
 def by_key(planned: Plan) -> dict[str, int]:
-    """Return the number of steps of each training of a plan, at most, by the key of its stage."""
+    """Return the largest possible number of steps of each training of a plan, by the key of its stage."""
     return {key: of(job).num_steps for key, job in planned.trainings.items()}
 
 

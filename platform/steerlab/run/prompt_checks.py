@@ -79,14 +79,14 @@ def check_template(planned: Plan, facts: models.ModelFacts) -> None:
     extracted = planned.method.reads(job.method)
     for role, data in trained:
         longest = None if job.train is None or role in extracted else job.train.max_tokens
-        # All that the result depends on, so that a sweep over `train.max_tokens` checks each value and a sweep over `lr`
+        # The key holds all that the result depends on: a sweep over `train.max_tokens` checks each value, one over `lr` only
         # once.
         is_all, content = not job.data.by_role[role].also, json.dumps(rows.fingerprint(data))
         key = (encoder.identity, json.dumps(encoder.spec), data.model_dump_json(), content, longest, is_all)
         if key not in _encoded:
             _check_encoded(f"data.{role}", encoder, data, longest, is_all=is_all)
             _encoded.add(key)
-    # A job that starts from another job's model shares its template, about which the check of that job has warned.
+    # A job that starts from another job's model shares that job's template, of which the other job's check has warned.
     if isinstance(job.model.source, str):
         for remark in encoder.remarks():
             warnings.warn(remark, stacklevel=2)
@@ -112,17 +112,17 @@ def _check_encoded(key: str, encoder: Encoder, data: DataSet, longest: int | Non
     limit = _ROWS_TRIED if data.limit is None else min(data.limit, _ROWS_TRIED)
     tried = rows.read(data.model_copy(update={"limit": limit}))
     try:
-        # `sys.maxsize`: nothing is truncated here, so that the lengths of prompts can be compared with `longest` below.
+        # `sys.maxsize` prevents truncation here, so that the lengths of prompts can be compared with `longest` below.
         encoded = encoder.encode_data(tried, data.format, sys.maxsize, skip_bad=data.skip_bad)
     except ValueError as error:
         where = f"{key}: {rows.describe(data)}, counted from the job's first row"
-        raise ValueError(f"{where}: {error}" + ("" if data.skip_bad else "; skip_bad: true leaves such rows out")) from None
+        raise ValueError(f"{where}: {error}" + ("" if data.skip_bad else "; skip_bad: true skips such rows")) from None
     prefix = f"{key}: of the first {len(tried)} rows,"
     if encoded.num_refused:
-        warnings.warn(f"{prefix} {encoded.num_refused} are left out: the chat template refuses or changes them", stacklevel=2)
+        warnings.warn(f"{prefix} {encoded.num_refused} are skipped: the chat template refuses or changes them", stacklevel=2)
     if encoded.num_dropped:
         reason = "the answers of a pair are the same tokens" if data.format == "preference" else "they hold no answer to learn"
-        warnings.warn(f"{prefix} {encoded.num_dropped} are left out: {reason}", stacklevel=2)
+        warnings.warn(f"{prefix} {encoded.num_dropped} are skipped: {reason}", stacklevel=2)
     if longest is not None:
         _check_lengths(prefix, encoded, longest, is_all=is_all and len(tried) < _ROWS_TRIED)
     num_changed = encoded_rows.asked_otherwise(encoder, [tried[number] for number in encoded.numbers], data.format)
@@ -141,24 +141,22 @@ def _check_lengths(prefix: str, encoded: encoded_rows.Rows, longest: int, is_all
         prefix: beginning of the message.
         encoded: the rows.
         longest: number of tokens to which training truncates rows.
-        is_all: whether these are all rows of the data set, and not its first ones.
+        is_all: whether these are all rows of the data set rather than its first ones.
 
     Raises:
-        ValueError: no row of the whole data set leaves room.
+        ValueError: no row of the whole data set has room for an answer.
     """
     # Rows are truncated at the end, so a prompt of `longest` tokens leaves no token of the answer to compute a loss on.
     num_long = sum(encoded_rows.prompt_length(row) >= longest for row in encoded.rows)
     if num_long and num_long == len(encoded.rows) and is_all:
         raise ValueError(f"{prefix} no prompt has fewer than {longest} tokens (train.max_tokens): nothing would be trained")
     if num_long:
-        warnings.warn(
-            f"{prefix} {num_long} have prompts of {longest} tokens or more (train.max_tokens): left out", stacklevel=3
-        )
+        warnings.warn(f"{prefix} {num_long} have prompts of {longest} tokens or more (train.max_tokens): skipped", stacklevel=3)
 
 
 def _encoder_of(planned: Plan) -> Encoder:
     """Load the tokenizer and chat template of a job's model."""
-    # The settings of the job at the bottom of the chain apply: it names the model's source, and the others build on it.
+    # The settings of the last job of the chain apply: it names the model's source, and the other jobs build on it.
     job = planned.chain[-1].job
     directory = sources.fetch(planned.source)
     named = {"tokenizer": job.model.tokenizer, "chat_template": job.model.chat_template}
@@ -173,6 +171,6 @@ def _encoder(directory: Path, state: Hashable, prompt: str, trust_remote_code: b
 
 
 def state_of(directory: Path) -> tuple[tuple[str, int, int], ...]:
-    """Return names, sizes and times of the files in a model's folder: a cache key that changes when a file does."""
+    """Return names, sizes and times of the files in a model's folder: a cache key that changes with the files."""
     files = sorted(directory.iterdir()) if directory.is_dir() else [directory]
     return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())

@@ -31,7 +31,7 @@ SCHEMA = 2
 """Version of the format of summary.json; raised when a field moves that older readers look for."""
 MetricNumbers: TypeAlias = Mapping[str, float | None]
 """Numbers of one metric: `value`, `stderr`, `low`, `high` (ends of the 95 % interval), `n` (items scored), and counts of the
-items that were left out. None where a number is unknown."""
+items that were skipped. None where a number is unknown."""
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "numpy", "steerlab")
 
 
@@ -42,7 +42,7 @@ class ModelFacts(TypedDict):
     key: str
     snapshot: int | None
     inverse: NotRequired[bool]
-    """True where the run evaluated the inverse of the patch; left out otherwise."""
+    """True if the run evaluated the inverse of the patch; otherwise the key is missing."""
 
 
 class RunSummary(TypedDict):
@@ -57,23 +57,23 @@ class RunSummary(TypedDict):
     choice: JsonObject | None
     """How the strength was chosen (`choose.Choice`); None when the job sets it."""
     model: ModelFacts | None
-    """The artifact of the trained model or patch; None when the job makes none."""
+    """The artifact of the trained model or patch; None if the job makes neither."""
     evaluations: dict[str, str]
-    """Keys of the evaluations by the label of the task. Such an artifact's `generations.parquet` holds all that was written."""
+    """Keys of the evaluations by the label of the task. Such an artifact's `generations.parquet` holds all generated texts."""
     unsteered: dict[str, str]
     """Keys of the evaluations of the model without the patch, by label. `strengths[0]` has their metrics. Empty when no
     strength was chosen."""
     measures: dict[str, JsonObject]
     """Description of each metric: which direction is better, unit, range."""
     asked: dict[str, dict[str, float | str]]
-    """What a task's judge behind an API was asked, and what that cost when the evaluation was computed; by label."""
+    """Calls to the API of a task's judge and their cost, from when the evaluation was computed; by the task's label."""
     schema: int
-    """SCHEMA of the version that wrote it."""
+    """SCHEMA of the version that wrote the file."""
 
 
 def _model_facts(model: plan.Stage, job: Job) -> ModelFacts:
     facts: ModelFacts = {"stage": model.name, "key": model.key, "snapshot": job.snapshot}
-    # Left out where it is false, so that summaries of other runs stay as they are.
+    # The key is missing where it would be false, so that summaries of other runs do not change.
     return {**facts, "inverse": True} if job.inverse else facts
 
 
@@ -130,7 +130,7 @@ def _measured_strengths(store: Store, evaluation: Evaluation) -> Mapping[float, 
     """Return a task's metrics by strength, the reported one first; strength 0 is the model without the patch."""
     measured = stored.strengths(store.local("evaluate", evaluation.stage.key))
     if evaluation.baseline is not None:
-        # The evaluation without the patch has a single strength, whatever its number is.
+        # The evaluation without the patch has a single strength, stored under the strength of its own job.
         plain = stored.strengths(store.local("evaluate", evaluation.baseline.key))
         measured.setdefault(UNPATCHED, next(iter(plain.values())))
     return measured
@@ -141,18 +141,18 @@ class Reported(NamedTuple):
 
     strength: float
     reason: str
-    """Where the strength comes from, as a clause for people; empty when the run has no patch."""
+    """Where the strength comes from, as a clause for messages; empty when the run has no patch."""
 
 
 class _Reporting(saved.Shape):
-    """Fields of a summary that tell the reported strength."""
+    """Fields of a summary that give the reported strength."""
 
     choice: choose.Choice | None = None
     reported: dict[str, float] | None = None
 
 
 def reported_strength(summary: Mapping[str, object]) -> Reported:
-    """Return the strength at which a run's metrics were measured: the chosen one, else that of its first task, else 1."""
+    """Return the strength at which a run's metrics were measured: the chosen one, or that of its first task, or 1."""
     reporting = _Reporting.model_validate(summary)
     if (choice := reporting.choice) is not None:
         return Reported(choice.strength, f"chosen by {choice.rule.metric} on development rows")
@@ -175,7 +175,7 @@ def samples_of(store: Store, evaluation: Evaluation) -> list[JsonObject]:
 
 
 def generations_of(store: Store, evaluation: Evaluation) -> bytes:
-    """Return the Parquet file of all that a task's model wrote; that of the model without the patch has strength 0."""
+    """Return the Parquet file of all texts generated for a task; those of the model without the patch have strength 0."""
     written = stored.written(store.local("evaluate", evaluation.stage.key))
     if evaluation.baseline is not None:
         plain = stored.written(store.local("evaluate", evaluation.baseline.key))
@@ -193,10 +193,10 @@ def environment(command: str, trusted: str | None = None, own_code: Sequence[str
 
     Args:
         command: the command line.
-        trusted: names of the model sources whose own code ran; None if there are none, which leaves out the key.
-        own_code: the user's own files of methods and tasks; empty leaves out the key.
+        trusted: names of the model sources whose own code ran; None if there are none; the key is then missing.
+        own_code: the user's own files of methods and tasks; if empty, the key is missing.
     """
-    # None for a package that is not installed: that too may explain a difference.
+    # A package that is not installed is recorded as None: its absence may explain a difference.
     versions = {}
     for package in _PACKAGES:
         try:
@@ -220,14 +220,14 @@ def environment(command: str, trusted: str | None = None, own_code: Sequence[str
 def _cluster() -> JsonObject:
     """Return the size of the cluster, or of this machine where the stages ran in this process, and its GPUs.
 
-    Nothing for a run that found all of its artifacts and joined no cluster.
+    Empty for a run that found all of its artifacts and joined no cluster.
     """
     if alone.here() is not None:
         here: JsonObject = {**reserved.present()}
         return {"cluster": here, "nodes": 1, "gpus": gpus.in_words()}
     if "ray" not in sys.modules or not ray.is_initialized():
         return {}
-    # Not Ray's other resources, such as node:IP, which say where and not how large the cluster is.
+    # Ray's other resources, such as node:IP, do not describe the size of the cluster.
     resources: JsonObject = {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")}
     nodes = len([node for node in ray.nodes() if node["Alive"]])
     return {"cluster": resources, "nodes": nodes, "gpus": gpus.in_words()}
@@ -236,7 +236,7 @@ def _cluster() -> JsonObject:
 @cache
 def _git(*arguments: str) -> str | None:
     """Return the output of a git command in this repository; None if it fails."""
-    # Cached for the life of the process: it runs the code that it imported, whatever is committed later.
+    # Cached for the life of the process, which runs the code that it imported, even if later commits change it.
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10, check=False
@@ -251,7 +251,7 @@ _END = 400
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the message of the error behind an error that Ray wrapped, as one line."""
+    """Return the message of the error that Ray wrapped in another one, as one line."""
     # Ray Train V2 raises a WorkerGroupError with one error for each worker, or a ControllerError; Ray Core raises a
     # RayTaskError with a `cause`.
     failures = getattr(error, "worker_failures", None)
@@ -269,5 +269,5 @@ def root_cause(error: BaseException) -> str:
 
 
 def _shortened(text: str) -> str:
-    # From the middle: the end says what to do, often with a long path.
+    # The middle is cut: the end explains what to do, often with a long path.
     return text if len(text) <= 2 * _END else f"{text[:_END]} ... {text[-_END:]}"

@@ -1,4 +1,4 @@
-"""Find out whether a folder is the same one on all nodes of the cluster: every node reads a file that was written here."""
+"""Check that a folder is the same on all nodes of the cluster: every node reads a file that was written here."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check(store: Store, nodes: Mapping[str, str]) -> None:
 
 
 def _read_on(nodes: list[str], path: str) -> dict[str, str]:
-    """Return what each node reads at a path; "" if there is no such file, or the node does not answer."""
+    """Return what each node reads at a path; "" if the file is missing, or the node does not answer."""
 
     # Defined here, so that Ray sends it by value and the nodes need not import this package for it.
     def read(path: str) -> str:
@@ -57,14 +57,14 @@ def _read_on(nodes: list[str], path: str) -> dict[str, str]:
 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # On a node and nowhere else; without a CPU, of which a node may have none free or, for a head node, none at all.
+    # Each task is bound to its node. It reserves no CPU: a node may have none free, and a head node may have none at all.
     task = ray.remote(num_cpus=0, max_retries=0)(read)
     asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path): node for node in nodes
     }
     _, left = ray.wait(list(asked), num_returns=len(asked), timeout=_SAY_S)
     if left:
-        warnings.warn(f"waits for {len(left)} of {len(nodes)} nodes, which are to read a file in ROOT", stacklevel=4)
+        warnings.warn(f"waiting for {len(left)} of {len(nodes)} nodes to read a file in ROOT", stacklevel=4)
         _, left = ray.wait(list(asked), num_returns=len(asked), timeout=_LIMIT_S - _SAY_S)
     return {node: "" if answer in left else _content(answer) for answer, node in asked.items()}
 
@@ -74,5 +74,5 @@ def _content(answer: Any) -> str:
 
     try:
         return ray.get(answer)
-    except RayError:  # the node has gone
+    except RayError:  # the node has died
         return ""

@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 _INTERRUPTED = 130
 """Exit code after Ctrl-C (128 + SIGINT, as in a shell)."""
 _LONGEST_ANSWER = 1 << 20
-"""Largest number of bytes that are read of a cluster's answer about its version: the address may be that of any server."""
+"""Largest number of bytes read of the answer about a cluster's version: any server may be at the address."""
 
 
 def submit(
@@ -64,9 +64,9 @@ def submit(
     job_id = _answer(
         address, lambda: client.submit_job(entrypoint=command, runtime_env=environment, metadata={"job": str(job_path)})
     )
-    # The id is printed within commands for the user's shell, so nothing but a plain name is accepted.
+    # The id is printed within commands for the user's shell, so only a plain name is accepted.
     if not isinstance(job_id, str) or not re.fullmatch(r"[\w.-]{1,200}", job_id):
-        raise SubmitError(f"{address} answers with a job {texts.shown(repr(job_id))[:100]}, which is no name of one")
+        raise SubmitError(f"{address} answers with the job id {texts.shown(repr(job_id))[:100]}, which is not a plain name")
     print(f"sent as {job_id}: {command}", flush=True)
     print(f"dashboard: {client.get_address()}/#/jobs/{job_id}   to stop it: ray job stop {job_id}", flush=True)
     if not follow:
@@ -74,7 +74,7 @@ def submit(
     try:
         asyncio.run(_follow(client, job_id))
     except KeyboardInterrupt:
-        print(f"\n{job_id} goes on; to see it again: ray job logs --follow {job_id}", flush=True)
+        print(f"\n{job_id} continues; to see its log again: ray job logs --follow {job_id}", flush=True)
         return _INTERRUPTED
     return _exit_code(client, job_id)
 
@@ -107,7 +107,7 @@ def entrypoint(
     secret = next((word for word in arguments if texts.without_secrets(word) != word), None)
     if secret is not None:
         raise SubmitError(
-            f"{texts.without_secrets(secret)}: Ray shows the command of a job to everybody who sees its dashboard; give the "
+            f"{texts.without_secrets(secret)}: Ray shows the command of a job to everyone who can see its dashboard; give the "
             "address without the password, and the password in the environment of the cluster's nodes (jobs/README.md, Keys "
             "and passwords)"
         )
@@ -120,19 +120,19 @@ def _inside(path: Path, working_dir: Path) -> str:
     if not resolved.is_file():
         raise SubmitError(f"{path} does not exist")
     if not resolved.is_relative_to(working_dir):
-        raise SubmitError(f"{path} lies outside the working directory {working_dir}, which alone is uploaded")
+        raise SubmitError(f"{path} is outside the working directory {working_dir}, and only that is uploaded")
     return resolved.relative_to(working_dir).as_posix()
 
 
 def _connect(address: str) -> "JobSubmissionClient":
-    """Return Ray's client for the dashboard at an address. Raises SubmitError that says what answers there instead."""
+    """Return Ray's client for the dashboard at an address. Raises SubmitError if another server answers there."""
     import requests
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     if not address.startswith(("http://", "https://")):
         raise SubmitError(f"address '{address}' is not the URL of a dashboard, such as http://127.0.0.1:8265")
-    # Ray's client prefers this variable to the address that it is given, so a value from the user's shell would win.
+    # Ray's client prefers this variable to its argument, so a value from the user's shell would replace the given address.
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     try:
         # Checked before Ray's client connects, which limits neither the time nor the length of an answer.
@@ -154,7 +154,7 @@ def _connect(address: str) -> "JobSubmissionClient":
         mode = os.environ.get("RAY_AUTH_MODE", "not set")
         raise SubmitError(
             f"the cluster at {address} asks for a token, which is missing or wrong: set RAY_AUTH_MODE=token (now {mode})"
-            " and have its token in ~/.ray/auth_token, in the file RAY_AUTH_TOKEN_PATH or in RAY_AUTH_TOKEN."
+            " and put its token into ~/.ray/auth_token, in the file RAY_AUTH_TOKEN_PATH or in RAY_AUTH_TOKEN."
             ' For a local one: eval "$(cluster/local.sh env)"'
         ) from error
 
@@ -168,7 +168,7 @@ def _is_version(content: bytes) -> bool:
 
 
 def _answer(address: str, ask: Callable[[], _T]) -> _T:
-    """Call Ray's client, and turn its errors into SubmitError. AuthenticationError is passed on, for a message of its own."""
+    """Call Ray's client, and turn its errors into SubmitError. AuthenticationError passes; the caller handles it."""
     from ray.exceptions import AuthenticationError
 
     try:
@@ -178,7 +178,7 @@ def _answer(address: str, ask: Callable[[], _T]) -> _T:
     except Exception as error:  # Ray's client does not validate an answer, so a wrong one may raise any error
         reason = " ".join(str(error).split())[:300]
         raise SubmitError(
-            f"{address} refuses, or answers what no Ray cluster does: {type(error).__name__}: {reason}"
+            f"{address} refuses the request, or does not answer as a Ray cluster does: {type(error).__name__}: {reason}"
         ) from error
 
 

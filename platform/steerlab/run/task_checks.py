@@ -25,11 +25,11 @@ def check_tasks(planned: Plan) -> None:
         ValueError: the message names the key of the job.
     """
     job, seen = planned.job, dict[str, list[str]]()
-    # Strength 1 changes nothing, so it is accepted without a patch too.
+    # Strength 1 is the default and changes nothing, so it is accepted without a patch too.
     if job.strength not in (None, 1) and not planned.leaves_patch:
         raise ValueError(f"strength {job.strength:g}: method {job.method.name} makes no patch to scale; remove this key")
     for key, task in tasks_of(job):
-        # The same label may occur once in `evaluate` and once in `choose.tasks`: these are reported apart.
+        # The same label may occur once in `evaluate` and once in `choose.tasks`: these are reported separately.
         label, labels = task.label or task.task, seen.setdefault(key.rpartition(".")[0], [])
         if label in labels:
             raise ValueError(f"{key}: the job has {label} already; give one of them another `label`")
@@ -64,10 +64,10 @@ def check_named(job: Job, facts: ModelFacts) -> None:
 
 
 def check_reach(planned: Plan) -> None:
-    """Refuse a choice of the strength by a metric that the patch cannot change; warn of reported tasks that it cannot change.
+    """Refuse a choice of the strength by a metric that the patch cannot change; warn of reported tasks with such a metric.
 
     Raises:
-        ValueError: the metric of `choose` is measured on tokens that the patch leaves as they are.
+        ValueError: the metric of `choose` is measured on tokens that the patch does not change.
     """
     job, selection = planned.job, planned.steers
     if selection is None or not planned.leaves_patch:
@@ -76,24 +76,24 @@ def check_reach(planned: Plan) -> None:
     for key, name in _deciding(job).items():
         label, _, metric = name.partition("/")
         task = by_label[label]
-        # A patch that acts on generated tokens only leaves a score over the prompt's tokens as it is, at any strength.
+        # A patch that acts on generated tokens only does not change a score over the prompt's tokens, at any strength.
         if not _meets(job, selection, TABLE.of(task).runs_over(task, f"{task.task}/{metric}")):
             raise ValueError(
                 f"{key}: {name} has the same value at every strength, because it is measured on tokens that method.steer "
-                f"leaves as they are ({_words(selection)}); take a metric of generated text or of responses, or steer others"
+                f"does not change ({_words(selection)}); take a metric of generated text or of responses, or steer other tokens"
             )
     for number, task in enumerate(job.tasks):
-        # Only a warning: such a task may be wanted as a check that the patch leaves something alone.
+        # This is only a warning: such a task may serve as a check that the patch does not change something.
         if not _meets(job, selection, TABLE.of(task).runs_over(task, None)):
             warnings.warn(
                 f"evaluate.{number}: task {task.task} gives the numbers of {UNPATCHED_NAME} at every strength, because it is "
-                f"measured on tokens that method.steer leaves as they are ({_words(selection)})",
+                f"measured on tokens that method.steer does not change ({_words(selection)})",
                 stacklevel=2,
             )
 
 
 def check_rows(key: str, data: DataSet, *, may_mix: bool = True) -> None:
-    """Refuse a data set whose rows do not fit its format, or, unless it `may_mix` them, that has several formats.
+    """Refuse a data set whose rows do not fit its format, or that mixes several formats without `may_mix`.
 
     Raises:
         ValueError: the message begins with `key`, the data set's key in the job.
@@ -109,7 +109,7 @@ def check_rows(key: str, data: DataSet, *, may_mix: bool = True) -> None:
 
 
 def tasks_of(job: Job) -> Iterator[tuple[str, TaskConfig]]:
-    """Yield a job's tasks with their keys: first those that it reports, then those that choose the strength."""
+    """Yield a job's tasks with their keys: first the reported ones, then those that choose the strength."""
     yield from ((f"evaluate.{number}", task) for number, task in enumerate(job.tasks))
     yield from ((f"choose.tasks.{number}", task) for number, task in enumerate(job.choose.tasks if job.choose else ()))
 
@@ -137,8 +137,8 @@ def _deciding(job: Job) -> dict[str, str]:
 
 
 def _meets(job: Job, selection: Selection, kinds: TokenKinds) -> bool:
-    """Say whether a selection includes tokens of any of these kinds, which are pairs of phase and role."""
-    # The data may give the tokens of responses another role (`data.response_role`).
+    """Return whether a selection includes tokens of any of these kinds, which are pairs of phase and role."""
+    # `data.response_role` may assign another role to the tokens of responses.
     own: dict[str, str] = {"response": job.data.response_role}
     return any(
         phase in selection.phases

@@ -1,10 +1,10 @@
-"""Judge texts that exist with the scorer of a task: a file of generations, or any file with a column of texts.
+"""Judge existing texts with the scorer of a task: a file of generations, or any file with a column of texts.
 
     verdicts   FILE.TASK.parquet beside FILE: id, strength and the task's observations of each text, in the order of the rows
     numbers    FILE.TASK.json: the metrics at each strength with their intervals, as in an evaluation's metrics.json
 
-The rows are read like those of any data set (Parquet, JSON lines, CSV, ..., compressed or not). A row without `id` has its
-number as one, a row without `strength` was written at strength 1.
+The rows are read like those of any data set (Parquet, JSON lines, CSV, ..., compressed or not). A row without `id` gets its
+number as id; a row without `strength` counts as written at strength 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from steerlab.stages import JobType
 from steerlab.storage.store import Store
 
 _ENTRY = "evaluate.0."
-"""Where the task's config stands in the job around it."""
+"""Key of the task's config in the job that is built around it."""
 
 
 class Judged(NamedTuple):
@@ -44,7 +44,7 @@ class Judged(NamedTuple):
     metrics: dict[float, dict[str, Metric]]
     """Strength -> metric -> number."""
     asked: dict[str, float | str]
-    """What a judge behind an API was asked and what that cost; empty without one."""
+    """Calls to a judge's API and their cost; empty if the task uses none."""
 
 
 class Columns(NamedTuple):
@@ -59,7 +59,7 @@ def task_of(file: Path, name: str | None, overrides: Sequence[str] = ()) -> Task
 
     Args:
         file: the file; one that an evaluation wrote names its task and that task's fields.
-        name: name of the task, or `file:PATH` of one's own; None takes the task of the file.
+        name: name of the task, or `file:PATH` of a user's own task; None takes the task of the file.
         overrides: texts `field=value` as `--set` takes them, with paths that start at the task's config.
 
     Raises:
@@ -68,9 +68,9 @@ def task_of(file: Path, name: str | None, overrides: Sequence[str] = ()) -> Task
     known = _task_in(file)
     if name is None and not known:
         raise ValueError(f"{file}: the file does not say which task wrote it: name one with --task")
-    # The fields of another task mean something else, so they count only for the task that wrote the file.
+    # Fields have other meanings in other tasks, so those in the file are used only for the task that wrote it.
     tree: JsonObject = dict(known) if name in (None, known.get("task")) else {"task": name}
-    # A job around it, so that a task is read, checked and explained as it is in a job.
+    # The task is put into a small job, so that it is validated with the same messages as in a job.
     around: JsonObject = {"name": "judge", "model": {"source": "tiny:model"}, "method": {"name": "none"}, "evaluate": [tree]}
     try:
         for override in overrides:
@@ -126,7 +126,7 @@ def judge(
         written: the texts.
         output: the Parquet file to write; None names it after the file and the task.
         device: where the scorer's models run.
-        store: where the answers of a judge behind an API are kept; None keeps none.
+        store: where the answers of a judge's API are stored; None does not store them.
 
     Raises:
         ValueError: the task judges no texts of a file, or needs columns that the file does not have.
@@ -145,7 +145,7 @@ def judge(
     metrics = summarise_all(result)
     path = output or file.with_name(f"{file.name.split('.')[0]}.{config.label or config.task}.parquet")
     if path.resolve() == file.resolve():
-        raise ValueError(f"{path} is the file that is judged: give its verdicts another name with --output")
+        raise ValueError(f"{path} is the judged file itself: name another file for the verdicts with --output")
     about = {
         "judged": str(file),
         "fingerprint": sources.fingerprint(str(file.absolute())),
@@ -163,7 +163,7 @@ def judge(
 
 
 def _table(written: Sequence[Written], judged: Sequence[Sequence[Observation]], about: Mapping[str, object]) -> pa.Table:
-    """Return the verdicts of each text, row by row: two rows may have one id, as the answers to two attacks on an item do."""
+    """Return the verdicts of each text, row by row: two rows may share an id, such as answers to two attacks on one item."""
     names = dict.fromkeys(o.metric for own in judged for o in own)
     values = [{o.metric: o.value if o.weight > 0 else None for o in own} for own in judged]
     columns: dict[str, pa.Array] = {
@@ -182,5 +182,5 @@ def _strength(value: object, where: str) -> float:
     if value is None:
         return 1.0
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}: strength {value!r:.40} is no number")
+        raise ValueError(f"{where}: strength {value!r:.40} is not a number")
     return float(value)

@@ -1,6 +1,6 @@
 """Check what `steerlab submit` sends to a cluster: the working directory, and Ray's runtime environment for it.
 
-The folder may come from somebody else. When Ray packs it, Ray follows every link, opens every pipe and uploads all files that
+The folder may come from another person. When Ray packs it, Ray follows every link, opens every pipe and uploads all files that
 `runtime_env.yaml` names, so the folder is checked before.
 """
 
@@ -73,7 +73,7 @@ def left_behind(planned: Plan, written: str, working_dir: Path) -> dict[str, str
     """
     named: list[str] = []
     for plan in planned.chain:
-        # Every field of the job that holds a source, whatever it is called, and the files with code of the user's own.
+        # Every field of the job that holds a source, under any name, and the user's own files of code.
         described(plan.job, named.append)
         named += [code.path for code in own_code.codes_in(plan.job.model_dump(mode="json", exclude={"model"}))]
     folder = working_dir.resolve()
@@ -85,11 +85,11 @@ def left_behind(planned: Plan, written: str, working_dir: Path) -> dict[str, str
             continue
         path = Path(parsed.name).resolve()
         if not path.is_relative_to(folder):
-            reasons[parsed.name] = f"it lies outside of {folder}"
+            reasons[parsed.name] = f"it is outside of {folder}"
         elif not any(file.is_relative_to(path) for file in uploaded):
-            reasons[parsed.name] = ".gitignore or .rayignore leaves it out" if path.exists() else "it does not exist"
+            reasons[parsed.name] = ".gitignore or .rayignore excludes it" if path.exists() else "it does not exist"
         elif parsed.name in written:
-            reasons[parsed.name] = "it is given as an absolute path, and the uploaded copy lies elsewhere"
+            reasons[parsed.name] = "it is given as an absolute path, but the uploaded copy is elsewhere"
     return reasons
 
 
@@ -112,7 +112,7 @@ def runtime_env(working_dir: Path) -> dict[str, object]:
         except (files.FileError, saved.SavedError) as error:
             allowed = ", ".join(_RuntimeEnv.model_fields)
             raise SubmitError(f"{error}; a runtime environment has the keys {allowed}, and lists instead of files") from None
-    # Ray stores the variables of a job and shows them on its dashboard, to everybody who may see that.
+    # Ray stores the variables of a job and shows them on its dashboard, to everyone who can see it.
     shown = [name for name, value in requested.env_vars.items() if _SECRET.fullmatch(name) and str(value)]
     if shown:
         raise SubmitError(
@@ -125,7 +125,7 @@ def runtime_env(working_dir: Path) -> dict[str, object]:
 
 
 def _commit(working_dir: Path) -> dict[str, str]:
-    """Return the variable that tells the job its git commit, with `-dirty` if the uploaded files differ from the commit.
+    """Return the environment variable with the job's git commit, with `-dirty` if the uploaded files differ from the commit.
 
     The upload has no .git, so the job cannot find the commit itself. Empty if the folder is not in a repository.
     """
@@ -146,7 +146,7 @@ def _commit(working_dir: Path) -> dict[str, str]:
 
 def _git(working_dir: Path, *arguments: str) -> str:
     """Return the output of a git command that runs no program of the folder's configuration; empty if the command fails."""
-    # The folder may come from somebody else, and its .git/config may name programs that git would run.
+    # The folder may come from another person, and its .git/config may name programs that git would run.
     command = ["git", "-C", str(working_dir), "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
@@ -186,10 +186,10 @@ def _uploaded(working_dir: Path) -> list[Path]:
         elif path.exists():
             raise SubmitError(f"{path} is neither a file nor a folder: name it in .rayignore (as in .gitignore)")
 
-    # The ignore files of a folder are checked at the visit of its parent, which the top folder does not have.
+    # The ignore files of a folder are checked when its parent is visited; the top folder's parent never is.
     _check_ignoring(working_dir, itself=True)
     obeys_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
-    quiet = logging.Logger("steerlab.upload", logging.CRITICAL + 1)  # Ray would warn of each file; errors here say more
+    quiet = logging.Logger("steerlab.upload", logging.CRITICAL + 1)  # Ray would warn of each file; errors here are more precise
     private_parts.walk_upload(working_dir, note, quiet, obeys_gitignore=obeys_gitignore)
     return paths
 
@@ -208,7 +208,7 @@ def _check_link(path: Path, working_dir: Path) -> None:
 
 def _check_ignoring(folder: Path, *, itself: bool = False) -> None:
     """Refuse a .gitignore or .rayignore that is not a regular file in the subfolders, and with `itself` in the folder too."""
-    # Ray opens the ignore files of a folder before it calls back for the folder, and a pipe would block it for ever.
+    # Ray opens the ignore files of a folder before it calls back for the folder, and a pipe would block it forever.
     try:
         children = [child for child in folder.iterdir() if child.is_dir() and not child.is_symlink()]
     except OSError as error:
@@ -223,13 +223,13 @@ def check_upload(working_dir: Path, limit_bytes: int = UPLOAD_LIMIT_BYTES) -> in
     """Return the number of bytes to upload. Raises SubmitError, which names the largest folders, above `limit_bytes`."""
     sizes = upload_sizes(working_dir)
     _warn_of_secrets(sizes)
-    # Uncompressed sizes: an upper bound, since the size of the archive is known only after packing.
+    # The uncompressed sizes are an upper bound; the size of the archive is known only after packing.
     total = sum(sizes.values()) + _ZIP_ENTRY_BYTES * len(sizes)
     if total <= limit_bytes:
         return total
     folders: Counter[str] = Counter()
     for path, size in sizes.items():
-        # Two levels: the first is often `platform` or `data`, which says little about what is large.
+        # Sizes are shown for two levels of folders, since the first is often just `platform` or `data`.
         folders[str(PurePosixPath(*path.parts[:2])) if len(path.parts) > 1 else path.name] += size
     biggest = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in folders.most_common(5))
     raise SubmitError(

@@ -1,10 +1,10 @@
-"""Requests of OpenAI's chat and completions API: what is read of them, and the conversation that they stand for.
+"""Requests of OpenAI's chat and completions API: their fields, and the conversations that they describe.
 
 Beside OpenAI's fields a request may have `strength`, `top_k`, `min_p` and `repetition_penalty` (the `extra_body` of the client
-`openai`), and a message may have parts of type `data`, {"type": "data", "text": ...}: text that the model is to work on and not
-to obey. A part's type says which role its tokens have, so that methods such as ASIDE act on them.
+`openai`), and a message may have parts of type `data`, {"type": "data", "text": ...}: text that the model should work on but
+not obey. A part's type sets the role of its tokens, so that methods such as ASIDE act on them.
 
-Messages keep their own turns. Only an exchange of one user message with a data part is worded in the prompt style of the model
+Each message becomes a turn. Only a single user message with a data part is formatted in the prompt style of the model
 (`Encoder.conversation`), as `steerlab generate --prompt --data` does.
 """
 
@@ -21,18 +21,18 @@ from steerlab.inputs.tokens import DATA, INSTRUCTION, Conversation, Message, Par
 from steerlab.steered.sampling import Sampling
 
 MOST_TOKENS = 4096
-"""Tokens of an answer at most."""
+"""Largest number of tokens of an answer."""
 _MOST_MESSAGES, _MOST_PARTS, _MOST_CHOICES, _MOST_PROMPTS, _MOST_STOPS = 256, 64, 16, 64, 4
 DEFAULT_TOKENS = 256
-"""Tokens of an answer at most where the client leaves it open, as far as the context has room."""
+"""Largest number of tokens of an answer if the client sets none; the room in the context may reduce it."""
 _LONGEST = 200_000
-"""Characters of a text."""
+"""Largest number of characters of a text."""
 _IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier")
-"""Fields of clients that say nothing about the text."""
+"""Fields of clients that do not affect the text."""
 
 
 class RefusedError(ValueError):
-    """A request cannot be answered; the message is for its author."""
+    """A request cannot be answered; the message is for the client."""
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ Text = Annotated[str, Field(max_length=_LONGEST)]
 
 
 class _Strict(BaseModel):
-    # Unknown fields are refused: a client that asks for what is not done here should know.
+    # Unknown fields are refused: a client should learn that a setting has no effect here.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -64,7 +64,7 @@ class _Turn(_Strict):
 
 
 class _Generation(_Strict):
-    """Fields that both kinds of request have."""
+    """Fields of both kinds of request."""
 
     model: Annotated[str, Field(max_length=500)]
     max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
@@ -79,14 +79,14 @@ class _Generation(_Strict):
     stream: bool = False
     stream_options: dict[str, bool] | None = None
     strength: float | None = None
-    # Accepted at the value that means nothing.
+    # These fields are accepted only at their neutral value.
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are chosen. OpenAI's default temperature is 1."""
+        """Sampling settings of the request. OpenAI's default temperature is 1."""
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -97,18 +97,18 @@ class _Generation(_Strict):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end an answer; an empty one would end it at once and is left out."""
+        """Texts that end an answer; an empty text would end it at once and is skipped."""
         given = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         return tuple(text for text in given if text)
 
     @property
     def includes_usage(self) -> bool:
-        """Whether the last chunk of a stream says how many tokens there were."""
+        """Whether the last chunk of a stream reports the numbers of tokens."""
         return bool((self.stream_options or {}).get("include_usage"))
 
     @property
     def num_tokens(self) -> int | None:
-        """Tokens of an answer at most; None if the client leaves it open."""
+        """Largest number of tokens of an answer; None if the client sets none."""
         return self.max_tokens
 
     def conversations(self, encoder: Encoder) -> list[Conversation]:
@@ -127,14 +127,14 @@ class Chat(_Generation):
 
     @property
     def num_tokens(self) -> int | None:
-        """Tokens of an answer at most; None if the client leaves it open."""
+        """Largest number of tokens of an answer; None if the client sets none."""
         return self.max_completion_tokens or self.max_tokens
 
     def conversations(self, encoder: Encoder) -> list[Conversation]:
-        """Return the conversation of the messages, to be continued by the assistant."""
+        """Return the conversation of the messages, which the assistant will continue."""
         turns = self.messages
         if turns[-1].role == "assistant":
-            raise RefusedError("the last message is the assistant's: there is nothing to answer", param="messages")
+            raise RefusedError("the last message is the assistant's; end with a message to answer", param="messages")
         *before, last = turns
         if last.role == "user" and all(turn.role in ("system", "developer") for turn in before):
             data = tuple(Part(checked(part.text), DATA) for part in last.parts if part.type == "data")
@@ -145,14 +145,14 @@ class Chat(_Generation):
     def _worded(self, encoder: Encoder, before: list[_Turn], last: _Turn, data: tuple[Part, ...]) -> Conversation:
         system = "\n\n".join(part.text for turn in before for part in turn.parts)
         instruction = "".join(part.text for part in last.parts if part.type == "text")
-        # Without words of its own beside the data, the user's instruction is the system's.
+        # If the user's message has only data, the system message is the instruction.
         if not instruction.strip():
             return encoder.conversation(system, data)
         return encoder.conversation(instruction, data, system=system)
 
 
 class Completion(_Generation):
-    """A request of `/v1/completions`: texts that are continued without a chat template."""
+    """A request of `/v1/completions`: prompts to continue without a chat template."""
 
     prompt: Text | Annotated[tuple[Text, ...], Field(min_length=1, max_length=_MOST_PROMPTS)]
     echo: Literal[False] | None = None
@@ -164,12 +164,12 @@ class Completion(_Generation):
         """Return each prompt as a plain text."""
         prompts = (self.prompt,) if isinstance(self.prompt, str) else self.prompt
         if any(not prompt for prompt in prompts):
-            raise RefusedError("an empty prompt holds nothing to continue", param="prompt")
+            raise RefusedError("the prompt is empty", param="prompt")
         return [(Message("text", (Part(checked(prompt), INSTRUCTION),)),) for prompt in prompts]
 
 
 def _message(turn: _Turn, response_role: int) -> Message:
-    # Outputs of tools are data whatever they say; `PromptStyle.from_row` does the same.
+    # Outputs of tools always have the role of data, as in `PromptStyle.from_row`.
     role = {"assistant": response_role, "tool": DATA}.get(turn.role, INSTRUCTION)
     speaker = "system" if turn.role == "developer" else turn.role
     parts = tuple(Part(checked(part.text), DATA if part.type == "data" else role) for part in turn.parts)
@@ -179,19 +179,19 @@ def _message(turn: _Turn, response_role: int) -> Message:
 def read(body: object, kind: type[Chat] | type[Completion]) -> Chat | Completion:
     """Return a request from its JSON. Raises RefusedError that names the field."""
     if not isinstance(body, dict):
-        raise RefusedError("the body of a request is a JSON object")
+        raise RefusedError("the body of a request must be a JSON object")
     given = {name: value for name, value in body.items() if name not in _IGNORED}
-    # A client may send null for what it does not set.
+    # A client may send null for fields that it does not set.
     given = {name: value for name, value in given.items() if value is not None}
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        # The deepest: of a value that may be a text or a list, the error inside the list says more than "no text".
+        # The deepest error is reported: for a value that may be a text or a list, an error inside the list is more precise.
         first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
         place = ".".join(_named(first["loc"]))
         if first["type"] == "extra_forbidden":
             known = ", ".join(sorted(kind.model_fields)) if len(first["loc"]) == 1 else "type and text, role and content"
-            raise RefusedError(f"{place} is not supported here; there are {known}", param=place) from None
+            raise RefusedError(f"{place} is not supported here; the fields are {known}", param=place) from None
         raise RefusedError(f"{place}: {first['msg']}", param=place) from None
 
 

@@ -1,7 +1,7 @@
-"""Requests that wait, and the thread that runs them in batches.
+"""The queue of requests, and the thread that runs them in batches.
 
-What arrives while a batch runs waits for its end, and is then run together as far as the model allows. The thread does nothing
-but the model's work: texts are tokenised and put together by the server's own thread, since a tokenizer serves one at a time.
+Requests that arrive while a batch runs wait for its end, and are then batched as far as the model allows. The thread only runs
+the model: the server's own thread tokenises texts and decodes tokens, since a tokenizer serves one thread at a time.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from steerlab.serving.served_rows import Row, Told
 from steerlab.steered.language import SteeredModel
 
 MOST_ROWS = 32
-"""Rows of a batch at most."""
+"""Largest number of rows of a batch."""
 MOST_WAITING = 256
-"""Rows that wait at most; further ones are refused."""
+"""Largest number of waiting rows; further ones are refused."""
 _WAKE_S = 1.0
 
 
@@ -31,17 +31,17 @@ class Ticket:
         self.events: asyncio.Queue[tuple[Row, int, bool] | Exception] = asyncio.Queue()
 
     def cancel(self) -> None:
-        """Let the rows end at their next token, since nobody waits for them any more."""
+        """End the rows at their next token, since the client no longer waits for them."""
         for row in self.rows:
             row.cancelled = True
 
 
 class Batches:
-    """The rows that wait and the thread that continues them."""
+    """The waiting rows, and the thread that continues them."""
 
     def __init__(self, model: SteeredModel, most_rows: int = MOST_ROWS) -> None:
         self._model, self._most_rows = model, most_rows
-        # Here and not in the thread: the tokenizer is asked for them.
+        # Read here, not in the thread, because this uses the tokenizer.
         self._ends = model.end_ids
         self._waiting: deque[tuple[Row, Ticket]] = deque()
         self._changed = threading.Condition()
@@ -57,23 +57,23 @@ class Batches:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread after the token that it is at; what waits is refused."""
+        """End the thread after its current token; waiting rows are refused."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def join(self, wait_s: float) -> None:
-        """Wait for the thread's end, at most so long."""
+        """Wait for the thread's end, at most `wait_s` seconds."""
         self._thread.join(wait_s)
 
     def put(self, ticket: Ticket) -> None:
-        """Let the rows of a request wait. Raises RefusedError if too many wait already."""
+        """Append the rows of a request to the queue. Raises RefusedError if too many wait already."""
         with self._changed:
             if self._closed:
                 raise RefusedError("the server is shutting down", status=503, code="unavailable")
             if len(self._waiting) + len(ticket.rows) > MOST_WAITING:
                 raise RefusedError(
-                    f"{len(self._waiting)} prompts wait already, and {MOST_WAITING} are the most: send fewer at once",
+                    f"{len(self._waiting)} prompts are waiting, of at most {MOST_WAITING}: send fewer at once",
                     status=429,
                     code="rate_limit_exceeded",
                 )
@@ -85,11 +85,11 @@ class Batches:
             owner = {id(row): ticket for row, ticket in batch}
             try:
                 served_rows.run(self._model, [row for row, _ in batch], self._ends, lambda told, to=owner: self._tell(told, to))
-            except Exception as error:  # whatever a model raises is the fault of one batch; the server goes on
+            except Exception as error:  # an error of the model ends one batch; the server continues
                 self._post([(ticket, error) for ticket in {id(t): t for _, t in batch}.values()])
 
     def _next(self) -> list[tuple[Row, Ticket]] | None:
-        """Return the oldest row with those that can run with it; None after `close`."""
+        """Return the oldest row with others that can share its batch; None after `close`."""
         with self._changed:
             while not self._closed:
                 gone = [(row, ticket) for row, ticket in self._waiting if row.cancelled]
@@ -130,5 +130,5 @@ class Batches:
 
         try:
             self._loop.call_soon_threadsafe(put)
-        except RuntimeError:  # the server has ended meanwhile, and nobody reads any more
+        except RuntimeError:  # the server has ended meanwhile, and its event loop is closed
             return

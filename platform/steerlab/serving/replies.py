@@ -14,12 +14,12 @@ from steerlab.serving.served_rows import Row
 from steerlab.steered.language import SteeredModel
 
 _UNFINISHED = "\ufffd"
-"""What a decoder writes for the bytes of a character whose other bytes are in the next token."""
+"""Character that a decoder writes for the bytes of a character whose other bytes are in the next token."""
 
 
 @dataclass
 class Text:
-    """The text of a row as far as it is known, without the stop text that ended it."""
+    """The text of a row so far, without the stop text that ended it."""
 
     row: Row
     index: int
@@ -29,23 +29,23 @@ class Text:
     sent: int = 0
     """Characters that were sent already."""
     reason: str | None = None
-    """Why the row ended: `stop` or `length`; None while it goes on."""
+    """Why the row ended: `stop` or `length`; None while it continues."""
     num_tokens: int = 0
     """Number of tokens until the row ended, of which the last may be one that ends a turn."""
 
     def take(self, model: SteeredModel, ids: Sequence[int], last: bool) -> str:
-        """Take the tokens so far, and return the text that can be sent now.
+        """Decode the tokens so far, and return the text that can be sent now.
 
         Args:
             model: The model whose tokens they are.
             ids: All tokens of the row so far.
-            last: Whether there will be no more.
+            last: Whether these are all tokens of the row.
         """
         if self.reason is not None:
             return ""
         self.num_tokens = len(ids)
         text = model.encoder.decode(ids)
-        # The first of the stop texts; a token may hold its beginning and more text after it.
+        # The text ends at the first of the stop texts, which may begin within a token and be followed by more text in one.
         ends = [text.find(stop) for stop in self.stops if stop in text]
         if ends:
             self.text, self.reason, self.row.cancelled = text[: min(ends)], "stop", True
@@ -69,7 +69,7 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclass
 class Answer:
-    """What is the same in all parts of an answer."""
+    """Fields that all parts of an answer share."""
 
     is_chat: bool
     model: str
@@ -80,7 +80,7 @@ class Answer:
 
     def _head(self, kind: str) -> JsonObject:
         name = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.id}"
-        # `strength` beside OpenAI's fields, so that a log of answers says at which one they were made.
+        # `strength` is added to OpenAI's fields, so that a log of answers records it.
         return {"id": name, "object": kind, "created": self.created, "model": self.model, "strength": self.strength}
 
     def usage(self) -> JsonObject:
@@ -99,7 +99,7 @@ class Answer:
         return {**head, "choices": choices, "usage": self.usage()}
 
     def chunk(self, text: Text, new: str, *, first: bool = False, last: bool = False) -> JsonObject:
-        """Return a part of a stream: what one choice has got since the last one."""
+        """Return a part of a stream: the text of one choice since its last part."""
         reason = text.reason if last else None
         if self.is_chat:
             delta: JsonObject = {} if last and not new else {"content": new}
@@ -110,7 +110,7 @@ class Answer:
         return {**head, "choices": [{"index": text.index, **said, "logprobs": None, "finish_reason": reason}]}
 
     def last_chunk(self) -> JsonObject:
-        """Return the part of a stream that says how many tokens there were."""
+        """Return the part of a stream that reports the numbers of tokens."""
         head = self._head("chat.completion.chunk" if self.is_chat else "text_completion")
         return {**head, "choices": [], "usage": self.usage()}
 

@@ -15,7 +15,7 @@ from steerlab.steered.sampling import Sampling, choose, uniforms
 
 @dataclass
 class Row:
-    """One prompt that is being continued."""
+    """One prompt and its continuation so far."""
 
     prompt: Encoded
     strength: float
@@ -23,24 +23,24 @@ class Row:
     sampling: Sampling
     seed: int
     choice: int
-    """Number of the answer among those of its request: with the same seed, each has random numbers of its own."""
+    """Number of the answer among those of its request: with the same seed, each answer has different random numbers."""
     cancelled: bool = False
-    """Set from another thread when nobody waits for more, after a stop text or when the client has gone."""
+    """Set by another thread after a stop text, or when the client has disconnected."""
     ids: list[int] = field(default_factory=list)
     """Tokens that were generated so far."""
 
 
 Told = list[tuple[Row, int, bool]]
-"""Rows with the token that each got in a step, and whether it was the row's last one."""
+"""Rows with their token of one step, and whether it was the row's last token."""
 
 
 @torch.inference_mode()
 def run(model: SteeredModel, rows: Sequence[Row], ends: Set[int], tell: Callable[[Told], None]) -> None:
-    """Continue rows that can be in one batch until all have ended.
+    """Continue the rows of one batch until all have ended.
 
     Args:
         model: The model.
-        rows: The rows (`SteeredModel.in_common` says which can be together).
+        rows: The rows (`SteeredModel.in_common` chooses rows that can share a batch).
         ends: Ids of the tokens that end a text.
         tell: Called after each step with the tokens of the rows that had not ended.
     """
@@ -66,7 +66,7 @@ def run(model: SteeredModel, rows: Sequence[Row], ends: Set[int], tell: Callable
 
 
 def _chosen(logits_BV: Tensor, rows: Sequence[Row], random_BT: Sequence[Tensor | None], step: int) -> Tensor:
-    """Return the next token of each row, (B,); rows that are sampled alike are sampled together."""
+    """Return the next token of each row, (B,); rows with equal sampling settings are sampled together."""
     chosen_B = torch.zeros(len(rows), dtype=torch.long, device=logits_BV.device)
     alike: dict[Sampling, list[int]] = {}
     for number, row in enumerate(rows):
@@ -74,7 +74,7 @@ def _chosen(logits_BV: Tensor, rows: Sequence[Row], random_BT: Sequence[Tensor |
     for sampling, numbers in alike.items():
         seen_BV = _seen([rows[i] for i in numbers], logits_BV) if sampling.repetition_penalty != 1 else None
         drawn = [random_BT[i] for i in numbers]
-        # A row that has ended has no numbers left; what it gets is dropped.
+        # A row that has ended has no random numbers left; it reuses its last one, and its token is dropped.
         uniform_B = torch.stack([d[min(step, len(d) - 1)] for d in drawn if d is not None]) if sampling.temperature else None
         index = torch.tensor(numbers, device=logits_BV.device)
         chosen_B[index], _ = choose(logits_BV[index], seen_BV, sampling, uniform_B)

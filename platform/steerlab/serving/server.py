@@ -1,7 +1,7 @@
 """The HTTP server: `/v1/models`, `/v1/chat/completions` and `/v1/completions` on the loopback interface of this machine.
 
-It has no key and no encryption, so it listens to this machine only, and answers only requests that call it by a name of this
-machine: a web page that somebody opens here must not reach the model by a name that leads to 127.0.0.1.
+It has neither a key nor encryption, so it listens on the loopback interface only. It answers only requests whose host is a name
+of this machine: otherwise a web page opened here could reach the model through a domain name that leads to 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from steerlab.steered.language import SteeredModel
 HOST = "127.0.0.1"
 _NAMES = ("127.0.0.1", "localhost", "[::1]")
 _MOST_BYTES = 2**20
-"""Size of the body of a request at most."""
+"""Largest size of the body of a request."""
 WAIT_S = 600.0
-"""Time that an answer may take, with the time that its request waits."""
+"""Longest time for an answer, including the time that its request waits."""
 _CLOSE_S = 10.0
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @dataclass
 class Served:
-    """A model and how it is served."""
+    """A model with the settings under which it is served."""
 
     model: SteeredModel
     name: str
     """Name of the model in the API; NAME@STRENGTH is the same model at another strength."""
     strength: float
-    """Strength of a request that names none."""
+    """Strength of a request that does not set one."""
     batches: Batches
     wait_s: float = WAIT_S
 
@@ -103,22 +103,22 @@ async def serve(served: Served, port: int, ready: Callable[[int], None]) -> None
 
 @web.middleware
 async def _in_shape(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """Answer errors of every kind in OpenAI's shape, and refuse requests that were meant for another host."""
+    """Answer all errors in OpenAI's shape, and refuse requests that name another host."""
     try:
         if request.host.rpartition(":")[0] not in _NAMES and request.host not in _NAMES:
-            raise RefusedError(f"this server answers to {', '.join(_NAMES)} alone, not to {request.host:.80}", status=403)
+            raise RefusedError(f"this server answers to {', '.join(_NAMES)} only, not to {request.host:.80}", status=403)
         return await handler(request)
     except RefusedError as refusal:
         return web.json_response(replies.error(refusal), status=refusal.status)
     except web.HTTPException as error:
         reason = {
-            404: f"there is no {request.path:.120}; there are /v1/models, /v1/chat/completions and /v1/completions",
+            404: f"{request.path:.120} does not exist; the paths are /v1/models, /v1/chat/completions and /v1/completions",
             413: f"the body of a request has {_MOST_BYTES:,} bytes at most",
         }.get(error.status, f"{request.method} {request.path:.120}: {error.reason}")
         return web.json_response(replies.error(RefusedError(reason, status=error.status)), status=error.status)
-    except Exception as error:  # a fault of this server, which a client should hear of in a form that it can read
+    except Exception as error:  # a bug of this server is reported in the shape that clients understand
         traceback.print_exc()
-        refusal = RefusedError(f"a fault of the server: {type(error).__name__}; its output says more", status=500)
+        refusal = RefusedError(f"a bug of the server: {type(error).__name__}; its output has the traceback", status=500)
         return web.json_response(replies.error(refusal), status=500)
 
 
@@ -138,19 +138,19 @@ def _described(name: str) -> JsonObject:
 
 
 def _strength_of(served: Served, name: str, wanted: float | None) -> float:
-    """Return the strength that a request means. Raises RefusedError for an unknown model or two strengths."""
+    """Return the strength of a request. Raises RefusedError for an unknown model or two strengths."""
     own, at, said = name.rpartition("@")
     if name == served.name:
         strength = served.strength if wanted is None else wanted
     elif at and own == served.name and _is_number(said):
         strength = float(said)
         if wanted is not None and wanted != strength:
-            raise RefusedError(f"model {name:.200} and strength {wanted:g} say different things", param="strength")
+            raise RefusedError(f"model {name:.200} and strength {wanted:g} contradict each other", param="strength")
     else:
-        there = f"there are {', '.join(served.names())}, and {served.name}@STRENGTH"
-        raise RefusedError(f"there is no model {name!r:.200}; {there}", status=404, param="model", code="model_not_found")
+        there = f"the models are {', '.join(served.names())} and {served.name}@STRENGTH"
+        raise RefusedError(f"unknown model {name!r:.200}; {there}", status=404, param="model", code="model_not_found")
     if not served.model.patches and strength != 1:
-        raise RefusedError("this model carries no patch, so that it has no strength", param="strength")
+        raise RefusedError("this model has no patch, and so no strength", param="strength")
     return strength
 
 
@@ -171,13 +171,13 @@ async def _completions(request: web.Request) -> web.StreamResponse:
 
 async def _answer(request: web.Request, kind: type[Chat] | type[Completion]) -> web.StreamResponse:
     served = request.app[_SERVED]
-    # A page in a browser may send texts and forms anywhere without asking; JSON it may not.
+    # Any web page may send texts and forms to this server without the browser's check of origins, but not JSON.
     if request.content_type != "application/json":
-        raise RefusedError("the body of a request is JSON: Content-Type: application/json", status=415)
+        raise RefusedError("the body of a request must be JSON: Content-Type: application/json", status=415)
     try:
         body = json.loads(await request.read())
     except (ValueError, RecursionError) as error:
-        raise RefusedError(f"the body is no JSON: {error}"[:300]) from None
+        raise RefusedError(f"the body is not JSON: {error}"[:300]) from None
     wanted = asked.read(body, kind)
     strength = _strength_of(served, wanted.model, wanted.strength)
     texts = list(_rows(served.model, wanted, strength))
@@ -191,7 +191,7 @@ async def _answer(request: web.Request, kind: type[Chat] | type[Completion]) -> 
             pass
         return web.json_response(answer.whole())
     finally:
-        # Also when the client has gone: aiohttp cancels this function then.
+        # This also runs when the client disconnects, since aiohttp then cancels this function.
         ticket.cancel()
 
 
@@ -208,7 +208,7 @@ def _rows(model: SteeredModel, wanted: Chat | Completion, strength: float) -> It
     seed = random.getrandbits(31) if wanted.seed is None else wanted.seed % 2**31
     for number, prompt in enumerate(encoded):
         for choice in range(wanted.n):
-            # Prompts of one request have numbers of their own, too, as in `SteeredModel.generate`.
+            # Prompts of one request have different random numbers too, as in `SteeredModel.generate`.
             row = Row(prompt, strength, num_tokens[number], wanted.sampling, seed, number + choice * len(encoded))
             yield Text(row, number * wanted.n + choice, wanted.stops)
 
@@ -227,7 +227,7 @@ def _num_tokens(model: SteeredModel, num_read: int, wanted: int | None) -> int:
 
 
 async def _progress(served: Served, answer: Answer, ticket: Ticket) -> AsyncIterator[tuple[Text, str]]:
-    """Yield (text, what it has got) for each token of an answer, until all its texts have ended.
+    """Yield (text, new characters) for each token of an answer, until all its texts have ended.
 
     Raises:
         RefusedError: the model failed, the server ends, or the answer takes too long.
@@ -240,12 +240,12 @@ async def _progress(served: Served, answer: Answer, ticket: Ticket) -> AsyncIter
             async with asyncio.timeout_at(end_s):
                 event = await ticket.events.get()
         except TimeoutError:
-            said = f"the answer took longer than {served.wait_s:g} s with the time that it waited; ask for fewer tokens"
+            said = f"the answer took longer than {served.wait_s:g} s including the time that it waited; request fewer tokens"
             raise RefusedError(said, status=504, code="timeout") from None
         if isinstance(event, RefusedError):
             raise event
         if isinstance(event, Exception):
-            # The request was read without complaint, so that this is a fault of the model or the machine.
+            # The request was valid, so this is an error of the model or of the machine.
             said = f"the model failed: {type(event).__name__}: {' '.join(str(event).split())[:300]}"
             raise RefusedError(said, status=500, code="model_failed")
         row, token, last = event
@@ -257,11 +257,11 @@ async def _progress(served: Served, answer: Answer, ticket: Ticket) -> AsyncIter
 async def _stream(
     request: web.Request, served: Served, answer: Answer, ticket: Ticket, includes_usage: bool
 ) -> web.StreamResponse:
-    """Send an answer while it is written, as server-sent events. An error is then a part of the stream."""
+    """Send an answer while it is generated, as server-sent events. An error becomes a part of the stream."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     begun: set[int] = set()
     ended: set[int] = set()
-    # The client may go at any time; `_answer` cancels the rows then.
+    # The client may disconnect at any time; `_answer` then cancels the rows.
     with suppress(ConnectionError):
         await response.prepare(request)
         try:

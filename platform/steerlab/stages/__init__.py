@@ -1,4 +1,4 @@
-"""How each kind of stage uses Ray, and how a job becomes a plan of them."""
+"""The kinds of stages and how each uses Ray, and how a job becomes a plan of stages."""
 
 from steerlab.stages.job_plan import Evaluation, JobType, Plan
 

@@ -1,4 +1,4 @@
-"""The stage that makes a patch of what the method's config names, such as a reward model."""
+"""The stage that makes a patch from a source in the method's config, such as a reward model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stage(job: Job, model: Subject) -> Stage:
 
 
 def run(work: Work) -> None:
-    """Make the patch in one Ray task, and write it with the prompt settings and a reference to the model that it is for."""
+    """Make the patch in one Ray task, and write it with the prompt settings and a reference to its model."""
     params = Params.model_validate(work.params)
     arguments = (subject.of(work), params.method, own_code.codes_in(params.method))
     made = calls.result(_assemble, arguments, **reserved.of_actors(work.scale))
@@ -45,13 +45,13 @@ class _Made(NamedTuple):
     fingerprint: str
     """Fingerprint of the model that the patch is for."""
     prompt: JsonObject
-    """How that model is prompted."""
+    """Prompt settings of that model."""
 
 
 def _assemble(loading: Loading, config: JsonObject, codes: tuple[Code, ...]) -> _Made:
     from steerlab import models
 
-    # Before the config is read: the method may be one of the files that were sent along.
+    # Received before the config is read, because the method may be one of the files sent with this task.
     own_code.receive(codes)
     method = TABLE.of(config)
     assert isinstance(method, Assembled)

@@ -31,7 +31,7 @@ class _Rule(saved.Shape):
 
 
 class Params(Frozen):
-    """Parameters of the stage: the rule, and the development tasks whose metrics it reads."""
+    """Parameters of the stage: the rule, and the development tasks whose metrics the rule compares."""
 
     metric: str
     mode: Literal["min", "max"]
@@ -47,16 +47,16 @@ class Choice(saved.Shape):
     table: dict[StrengthKey, dict[str, float | None]] = {}
     """Development metrics by strength; None where a metric could not be scored."""
     unmoved: list[str] = []
-    """Metrics of the rule that have the same value at every strength: the patch does not reach them."""
+    """Metrics of the rule that have the same value at every strength, because the patch does not affect them."""
 
 
 def read(directory: Path) -> JsonObject:
-    """Return the content of `choice.json` in an artifact. Raises ValueError if the file is damaged."""
+    """Read `choice.json` of an artifact. Raises ValueError if the file is damaged."""
     return saved.read_like(directory / _CHOICE, Choice)
 
 
 def strength(directory: Path) -> float:
-    """Return the strength that was chosen. Raises ValueError if the file is damaged."""
+    """Return the chosen strength of an artifact. Raises ValueError if the file is damaged."""
     return saved.read(directory / _CHOICE, Choice).strength
 
 
@@ -88,8 +88,8 @@ def _plain(label: str) -> str:
 
 
 def candidates(choose: ChooseConfig) -> tuple[float, ...]:
-    """Return the strengths at which the development tasks run; strength 0 is left out."""
-    # Strength 0 is the model without a patch. Its evaluation is a stage of its own, which all patches of the model share.
+    """Return the strengths at which the development tasks run; strength 0 is skipped."""
+    # Strength 0 is the model without a patch. Its evaluation is a separate stage, which all patches of the model share.
     return tuple(strength for strength in sorted(set(choose.strengths)) if strength != UNPATCHED)
 
 
@@ -99,7 +99,7 @@ def run(work: Work) -> None:
     table: dict[float, dict[str, float | None]] = {}
     for label in params.labels:
         steered = stored.strengths(work.inputs[_steered(label)])
-        # The baseline has one strength, which scales nothing: its model has no patch of this job.
+        # The baseline has a single strength without effect, since its model has no patch of this job.
         (plain,) = stored.strengths(work.inputs[_plain(label)]).values()
         for strength, metrics in {UNPATCHED: plain, **steered}.items():
             # A metric is stored under its task's name; the rule names it by the task's label, so that a task can occur twice.
@@ -116,12 +116,12 @@ def run(work: Work) -> None:
 
 def _unmoved(table: Mapping[float, Mapping[str, float | None]], metrics: Sequence[str]) -> list[str]:
     """Return the metrics that have the same value at every strength."""
-    # Compared to the last bit: rounding alone would move a metric that the patch reaches at all.
+    # Values are compared exactly: if the patch affects a metric at all, rounding alone makes values differ.
     return [name for name in metrics if len(table) > 1 and len({values.get(name) for values in table.values()}) == 1]
 
 
 def said_of(choice: Mapping[str, object]) -> list[str]:
-    """Return warnings about the content of a `choice.json`: a metric that is the same at every strength decides nothing."""
+    """Return warnings about the content of a `choice.json`: a metric that is the same at every strength has no influence."""
     checked = Choice.model_validate(choice)
     return _remarks(checked.rule.metric, checked.unmoved)
 
@@ -129,13 +129,13 @@ def said_of(choice: Mapping[str, object]) -> list[str]:
 def _remarks(metric: str, unmoved: Sequence[str]) -> list[str]:
     lines = []
     for name in unmoved:
-        effect = "the weakest strength was chosen" if name == metric else "the bound on it binds nothing"
+        effect = "the weakest strength was chosen" if name == metric else "the bound on it has no effect"
         lines.append(f"choose: {name} is the same at every strength, so {effect}; look where the patch acts")
     return lines
 
 
 def best(table: dict[float, dict[str, float | None]], metric: str, mode: str, within: Limit | None) -> float:
-    """Return the strength whose metric is the best; of equal ones the weakest.
+    """Return the strength whose metric is the best; among equal ones the weakest.
 
     Args:
         table: Metrics by strength, with those of strength 0; None where a metric could not be scored.
@@ -153,8 +153,8 @@ def best(table: dict[float, dict[str, float | None]], metric: str, mode: str, wi
             raise ValueError(f"choose: {name} could not be scored at {UNPATCHED_NAME}")
     sign = 1 if mode == "min" else -1
 
-    # Strength 0 meets a bound that is relative to its own value (with `factor` only where that value is not negative), so a
-    # strength is left to choose.
+    # Strength 0 satisfies a bound that is relative to its own value (with `factor` only if that value is not negative), so at
+    # least one strength remains.
     def allowed(values: dict[str, float | None]) -> bool:
         if within is None:
             return True
@@ -162,5 +162,5 @@ def best(table: dict[float, dict[str, float | None]], metric: str, mode: str, wi
         return value is not None and start is not None and value <= within.highest(start)
 
     scored = {s: sign * value for s, values in table.items() if (value := values[metric]) is not None and allowed(values)}
-    # The strength itself breaks ties: what a weak patch already does is not worth a strong one's side effects.
+    # The strength itself breaks ties: of two equal strengths, the weaker has fewer side effects.
     return min(scored, key=lambda strength: (scored[strength], strength))

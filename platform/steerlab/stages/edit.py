@@ -48,20 +48,20 @@ class Params(subject.OnModel):
     before: Source | None = Field(default=None, exclude_if=lambda source: source is None)
     """Source of the model before the training; None if it is an artifact."""
     unaligned: Source | None = Field(default=None, exclude_if=lambda source: source is None)
-    """Source of the model before its alignment; None if it is an artifact, or is not read."""
+    """Source of the model before its alignment; None if it is an artifact or not needed."""
     unaligned_fingerprint: str | None = Field(default=None, exclude_if=lambda fingerprint: fingerprint is None)
 
 
 def stage(job: Job, after: Subject, before: Subject, unaligned: Subject | None, prepared: Mapping[str, Stage]) -> Stage:
-    """Return the stage that changes the weights of a trained model.
+    """Return the stage that edits the weights of a trained model.
 
     Args:
         job: The job.
         after: The trained model, the artifact of another job's stage.
         before: The model from which that training started.
-        unaligned: The model before its alignment, if it is in the chain of jobs; None if the method's config names it, or the
-            method does not read it.
-        prepared: Stages of the preparations that the method reads, by name.
+        unaligned: The model before its alignment, if it is in the chain of jobs; None if the method's config names it or the
+            method does not need it.
+        prepared: Stages of the preparations that the method loads, by name.
     """
     assert after.stage is not None, "an edit changes the result of another job"
     config = job.method
@@ -71,13 +71,13 @@ def stage(job: Job, after: Subject, before: Subject, unaligned: Subject | None, 
         method=subject.dumped(config),
         before=_source(before),
         unaligned=named or _source(unaligned),
-        # The sources of the chain are covered by the keys of its stages; one that the config names is not.
+        # The sources of the chain are covered by the keys of its stages; a source in the config needs a fingerprint.
         unaligned_fingerprint=None if named is None else sources.fingerprint(named),
     )
     others = {BEFORE: before, UNALIGNED: None if named is not None else unaligned}
     artifacts = {name: other.stage for name, other in others.items() if other is not None and other.stage is not None}
     paths = {**before.paths, **(unaligned.paths if unaligned is not None else {}), **after.paths}
-    # The trained model twice: as the model that the patch is for, and as an input that the task loads itself.
+    # The trained model is an input twice: as the patch's model, and as a model that the task loads itself.
     inputs = {**after.inputs, AFTER: after.stage, **artifacts, **prepared}
     return Stage("edit", 1, subject.dumped(params), run, inputs, config.name, paths)
 
@@ -87,14 +87,14 @@ def _source(model: Subject | None) -> str | None:
 
 
 def run(work: Work) -> None:
-    """Compute the change in one Ray task, and write it as a patch with the settings of prompts and the method's numbers."""
+    """Compute the change in one Ray task, and write it as a patch with prompt settings and the method's numbers."""
     start_s, params = time.monotonic(), Params.model_validate(work.params)
     named_parts.make_parts(partial(_change, own_code.codes_in(params.method)), (_CHANGE,), False, work)
     parts = Parts.open(work.directory)
     facts: Any = parts.facts[_CHANGE]
     patch = patches.WeightPatch.of({name: parts.tensor(name) for name in facts["changed"]})
     patches.save(patch, work.directory / "patch", facts["fingerprint"])
-    # The patch holds the same numbers.
+    # The patch contains the parts' tensors, so their files are removed.
     named_parts.remove_parts(work.directory)
     fit.write_base(work, params, facts["prompt"])
     about = {
@@ -106,7 +106,7 @@ def run(work: Work) -> None:
 
 
 def _by_module(facts: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Return the method's numbers, {weight: {name: number}}, as the report reads them: {name: {module: number}}."""
+    """Return the method's numbers, {weight: {name: number}}, in the form of the report: {name: {module: number}}."""
     names = dict.fromkeys(name for numbers in facts.values() for name in numbers)
     return {
         name: {weight.removesuffix(".weight"): numbers[name] for weight, numbers in facts.items() if name in numbers}
@@ -116,7 +116,7 @@ def _by_module(facts: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, 
 
 def _change(codes: tuple[Code, ...], given: Given, part: str, path: Path) -> dict[str, object]:
     """Write W - W_after for every weight that the method changes, and return facts about them."""
-    # Before the config is read: the method may be one of the files that were sent along.
+    # Received before the config is read, because the method may be one of the files sent with this task.
     own_code.receive(codes)
     params = Params.model_validate(given.params)
     method = edited(params.method)
@@ -141,19 +141,19 @@ def _change(codes: tuple[Code, ...], given: Given, part: str, path: Path) -> dic
             changes[weight.name] = _stored(after, weight, difference, whole)
     if not changes:
         raise ValueError(
-            f"method {config.name} changes no weight: the model is the same before and after, or the method keeps it"
+            f"method {config.name} changes no weight: the model is the same before and after, or the method leaves it unchanged"
         )
     write(path, changes)
     return {"changed": list(changes), "weights": facts, "fingerprint": fingerprint, "prompt": dict(encoder.spec)}
 
 
 def _fetched(source: str | None) -> Path:
-    assert source is not None, "the stage declares the source of a model that is no artifact"
+    assert source is not None, "the stage declares the source of a model that is not an artifact"
     return sources.fetch(source)
 
 
 def _merged(directory: Path, params: Params) -> tuple[PreTrainedModel, Any, str]:
-    """Load a model in float32 with its patches in its weights; return also its encoder, and its fingerprint without patches."""
+    """Load a model in float32 with its patches merged; return also its encoder, and its fingerprint without patches."""
     model, encoder, below = load_stack(directory, dtype="float32", trust_remote_code=params.model.trust_remote_code)
     fingerprint = models.fingerprint(model)
     for patch in below:
@@ -168,9 +168,9 @@ def _weights(
     places: Mapping[str, WeightPlace],
     moments: Moments | None,
 ) -> Iterator[tuple[Weight, Tensor]]:
-    """Yield each parameter in the three models, and the whole parameter after the training; tied parameters come once.
+    """Yield each parameter in the three models, and the whole trained parameter; tied parameters are yielded once.
 
-    Of a fused layer, of which only some outputs are meant, the rows of these outputs are yielded.
+    If only some outputs of a fused layer are selected, only their rows are yielded.
     """
     chosen = [model for model in (after, before, unaligned) if model is not None]
     named = [dict(model.named_parameters(remove_duplicate=False)) for model in chosen]
@@ -179,18 +179,18 @@ def _weights(
         sides = [_side(after, name, place, parameter, by_name.get(name)) for by_name in named]
 
         def second_moment(place: WeightPlace | None = place) -> Tensor:
-            assert place is not None and moments is not None, "the method asks for moments of a linear layer's inputs"
+            assert place is not None and moments is not None, "the method requests moments of a linear layer's inputs"
             return moments.second_moment(place.input_of)
 
         yield Weight(name, place, sides[1], sides[0], sides[2] if len(sides) > 2 else None, second_moment), parameter
 
 
 def _side(after: PreTrainedModel, name: str, place: WeightPlace | None, like: Tensor, value: Tensor | None) -> Tensor:
-    """Return a parameter of one model as the method gets it. Raises ValueError if it is missing or has another shape."""
+    """Return a parameter of one model for the method. Raises ValueError if it is missing or has another shape."""
     if value is None or value.shape != like.shape:
         other = "no such parameter" if value is None else f"shape {tuple(value.shape)}"
         raise ValueError(
-            f"{name}: the trained model has shape {tuple(like.shape)}, the one that it is compared with {other}; both must be "
+            f"{name}: the trained model has shape {tuple(like.shape)}, but the other model {other}; both must be "
             "of one architecture and size"
         )
     if place is None:
@@ -204,7 +204,7 @@ def _rows(place: WeightPlace) -> list[int]:
 
 
 def _stored(model: PreTrainedModel, weight: Weight, difference: Tensor, whole: Tensor) -> Tensor:
-    """Return a difference in the layout in which the model stores the parameter, zero in rows that are not meant."""
+    """Return a difference in the layout in which the model stores the parameter, zero in rows that are not selected."""
     if weight.place is None:
         return difference.contiguous()
     module = model.get_submodule(weight.place.module)

@@ -1,4 +1,4 @@
-"""The stage that extracts activations: from texts and a model to Parquet files (activations/parquet.py describes them)."""
+"""The stage that extracts activations of a model on texts into Parquet files (described in activations/parquet.py)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def read_by(roles: Mapping[str, Stage]) -> dict[str, Stage]:
-    """Return extractions by data role as inputs of the stage that reads them."""
+    """Return extractions by data role as inputs of the stage that uses them."""
     # Sorted, because the order of a stage's inputs is part of its key.
     return {read_as(role): roles[role] for role in sorted(roles)}
 
@@ -41,7 +41,7 @@ def read_as(role: str) -> str:
 
 
 class Params(subject.OnModel):
-    """Parameters of the stages that read activations: the texts, the places in the model, and the model."""
+    """Parameters of the stages that extract activations: the texts, the places in the model, and the model."""
 
     role: str
     """Key of the data set in the job's `data` section; the label of every row that is written."""
@@ -51,7 +51,7 @@ class Params(subject.OnModel):
 
 
 def stage(job: Job, role: str, model: Subject, config: ExtractConfig) -> Stage:
-    """Return the stage that extracts the activations that a model has on one data set of the job."""
+    """Return the stage that extracts a model's activations on one data set of the job."""
     return Stage(
         "extract",
         1,
@@ -64,18 +64,18 @@ def stage(job: Job, role: str, model: Subject, config: ExtractConfig) -> Stage:
 
 
 def params(job: Job, role: str, model: Subject, config: ExtractConfig, exclude: set[str]) -> JsonObject:
-    """Return the parameters of a stage that reads activations.
+    """Return the parameters of a stage that extracts activations.
 
     `exclude` names the fields of the extract config that do not change this stage's result and must not change its key.
     """
     data = job.data.by_role[role]
     declared = Params(role=role, data=data, data_fingerprint=rows.fingerprint(data), extract=config, **model.fields)
-    # `loss_on` matters to training alone: a job that trains on other tokens of the same rows shares the extraction.
+    # `loss_on` affects training only, so jobs that train on other tokens of the same rows share the extraction.
     return subject.dumped(declared, exclude={"data": {"loss_on"}, "extract": exclude})
 
 
 class ReadFacts(Facts):
-    """Counts of one part of the activations that were read."""
+    """Counts of one part of the extracted activations."""
 
     rows: int
     """Number of vectors: one for each text, or one for each token with pooling none."""
@@ -117,7 +117,7 @@ def run(work: Work) -> None:
     shards.collect(work)
     lines = [part.model_dump() for part in parts]
     (work.directory / parquet.PARTS).write_text(json.dumps([{name: line[name] for name in _LINE} for line in lines], indent=1))
-    # A value that is not finite does not stop an extraction of days: the summary names the first one, and readers refuse it.
+    # A value that is not finite does not stop the extraction, which may take days: the summary names it, and readers refuse it.
     bad = next((part for part in parts if part.nan), None)
     summary = {
         "texts": sum(part.texts for part in parts),
@@ -148,7 +148,7 @@ class RowsOfShard(shard_worker.Maker):
         self._schema = part_writing.schema(self._reader.widths, self._config.dtype, self._keeps_tokens, about)
 
     def close(self) -> None:
-        """Remove the hooks that read the model."""
+        """Remove the hooks that record activations."""
         self._reader.close()
 
     @property
@@ -180,7 +180,7 @@ class RowsOfShard(shard_worker.Maker):
             read: list[Vectors] = []
             num_done = start
             for vectors in self._reader.read(texts[start:end], shard.first + start):
-                # Moved to the CPU batch by batch: a row group may be larger than the memory of the GPU.
+                # Each batch is moved to the CPU, since a row group may be larger than the memory of the GPU.
                 read.append(vectors.cpu())
                 num_done += vectors.num_texts
                 tell(num_done)
@@ -195,20 +195,20 @@ class RowsOfShard(shard_worker.Maker):
 def table(
     vectors: Vectors, rows_read: Sequence[Row], label: str, schema: pa.Schema, *, first: int = 0, start: int = 0
 ) -> pa.Table:
-    """Return the activations of some rows as a table.
+    """Return the activations of some rows as a pyarrow table.
 
     Args:
         vectors: The activations, on the CPU.
-        rows_read: The rows from which they come, or a stretch of a data set that contains them.
+        rows_read: The rows from which the activations come, or a range of a data set that contains these rows.
         label: Label of every row of the table.
         schema: Schema of the table, from `part_writing.schema`.
         first: Number in the data set of the first row of `rows_read`.
-        start: Number in `rows_read` of the row that `vectors` call 0.
+        start: Number in `rows_read` of the row with number 0 in `vectors`.
     """
     from steerlab.activations import reading
 
     rows_M = [start + row for row in vectors.row_M.tolist()]
-    # With pooling none a text has a row for each token: it is hashed once.
+    # With pooling none, a text has a row for each token, but is hashed once.
     hashes = {row: text_sha256(rows_read[row]) for row in set(rows_M)}
     about: dict[str, part_writing.AboutColumn] = {
         "sample_id": [first + row for row in rows_M],
@@ -223,13 +223,13 @@ def table(
 
 def text_sha256(row: Row) -> str:
     """Return the SHA-256 of the fields from which a row's text is made."""
-    # The fields and not the rendered text, which depends on the tokenizer: the same row has one hash under all models.
+    # The fields are hashed, since the rendered text depends on the tokenizer: so a row has one hash under all models.
     if "text" in row:
         text = str(row["text"])
     elif "messages" in row:
         text = json.dumps(row["messages"], ensure_ascii=False)
     else:
-        # Only where a row has them: rows without them keep the hash that existing artifacts hold.
+        # Optional fields are hashed only if the row has them, so that other rows keep the hashes of existing artifacts.
         more = [row[name] for name in ("system", "history") if name in row]
         text = json.dumps([row["instruction"], row["input"] or "", row["output"], *more], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

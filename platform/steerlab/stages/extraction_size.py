@@ -1,4 +1,4 @@
-"""How much memory and disk an extraction of activations takes, and whether ROOT's disk has room for it."""
+"""Estimate the memory and disk of an extraction of activations, and check that ROOT's disk has room for it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from steerlab.stages.extract import Params
 
 GROUP_BYTES = 1 << 28
-"""Bytes of activations that are collected before they are written as one row group: a part may be larger than the memory."""
+"""Bytes of activations that are collected for one row group; a whole part may be larger than the memory."""
 SUMS_HELD_BYTES = 4 << 30
-"""Bytes of moments that an actor holds at once; where all modules need more, the texts are read in several passes."""
+"""Bytes of moments that an actor holds at once; if all modules together need more, several passes over the texts are made."""
 _SAFETY = 1.1
 """Free disk that an extraction must have, as a multiple of its estimate."""
 _TEXTS_JUDGED = 256
@@ -31,7 +31,7 @@ _TEXTS_JUDGED = 256
 
 
 def spans(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges [start, end) of consecutive items whose sizes add up to `limit` at most; a larger item is a range alone."""
+    """Yield ranges [start, end) of consecutive items whose sizes add up to at most `limit`; a larger item is a range alone."""
     start, held = 0, 0
     for i, size in enumerate(sizes):
         if i > start and held + size > limit:
@@ -45,9 +45,9 @@ def estimate(job: Job, role: str, config: ExtractConfig, facts: ModelFacts, dire
     """Estimate the memory and disk of extracting one of the job's data sets.
 
     Args:
-        job: A job whose data set is read and partly tokenised by this call.
+        job: A job whose data set this call reads and partly tokenises.
         role: Key of the data set in the job's `data` section.
-        config: How the activations are read.
+        config: Settings of the extraction.
         facts: Sizes of the model.
         directory: Directory with the model's config and tokenizer; no weights are read.
     """
@@ -81,12 +81,12 @@ def check_disk(work: Work, params: Params, num_rows: int, some: Sequence[Row]) -
         work: The running stage.
         params: Its parameters.
         num_rows: Number of rows that are still to be read.
-        some: Some of these rows, from whose length that of all is estimated.
+        some: Some of these rows, by whose lengths the length of all is estimated.
 
     Raises:
         ValueError: ROOT has too little free space; the message says how much is needed and which setting lowers it.
     """
-    # An object store has no such limit.
+    # `free_bytes` is None for an object store, which has no limit.
     free = work.store.free_bytes()
     if free is None:
         return
@@ -98,14 +98,14 @@ def check_disk(work: Work, params: Params, num_rows: int, some: Sequence[Row]) -
     directory = stacks.model_directory(loading.ref.locate())
     widths = _widths(models.skeleton(directory, loading.model.trust_remote_code), config)
     if config.keep == "moments":
-        # The sums of every shard stay until their total, as large as one of them, is committed.
+        # The sums of all shards stay on the disk until their total, as large as those of one shard, is committed.
         needed = (1 + -(-num_rows // config.rows_per_shard)) * _moment_bytes(widths, config)
-        less = "raise extract.rows_per_shard or read fewer modules"
+        less = "raise extract.rows_per_shard or select fewer modules"
     else:
         encoder = partial(encoding.load, directory, loading.prompt_settings, loading.model.trust_remote_code)
         vectors = num_rows * _vectors_per_text(encoder, config, params.data.format, some)
         needed = int(vectors * sum(widths) * _value_bytes(config))
-        less = "read fewer modules, pool, or set extract.dtype: float16"
+        less = "select fewer modules, pool, or set extract.dtype: float16"
     if needed * _SAFETY > free:
         raise ValueError(
             f"ROOT '{work.store.root}' has {free / 1e9:.1f} GB free; {num_rows:,} rows and {len(widths)} columns of "
@@ -136,7 +136,7 @@ def _vectors_per_text(
     data_format: str,
     texts: Sequence[Row],
 ) -> float:
-    """Return the mean number of vectors of a text: one, or with pooling none its number of tokens, from a sample of texts."""
+    """Return the mean number of vectors of a text: one, or with pooling none its number of tokens, estimated from a sample."""
     if config.pooling != ("none",):
         return 1
     encoder = load()
@@ -151,5 +151,5 @@ def _value_bytes(config: ExtractConfig) -> int:
 
 
 def _moment_bytes(widths: Sequence[int], config: ExtractConfig) -> int:
-    # Float64: the mean and the squares of each column, (D,) both, and the second moment, (D, D), where it is configured.
+    # In float64: mean and squares of each column, (D,) each, and the second moment, (D, D), if it is configured.
     return 8 * sum(2 * width + config.second_moment * width**2 for width in widths)

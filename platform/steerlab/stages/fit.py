@@ -1,7 +1,7 @@
 """The stage that fits maps in closed form.
 
-A method is fitted either on extracted activations of both samples, or place after place: then each map is fitted on what the
-texts cause with the maps of all earlier places in force (AcT, https://arxiv.org/abs/2410.23054, section 4).
+A method is fitted either on extracted activations of both samples, or one place after another: then each map is fitted on the
+activations that the texts cause while the maps of all earlier places act (AcT, https://arxiv.org/abs/2410.23054, section 4).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ else:
     ray = late.module("ray")
 
 _WALK_FIELDS = {"select", "max_tokens", "batch_tokens"}
-"""Fields of `extract` that change a fit place after place; the others are left out of its key."""
+"""Fields of `extract` that affect a fit of one place after another; its key contains only these."""
 
 
 class Params(subject.OnModel):
@@ -48,18 +48,18 @@ class Params(subject.OnModel):
     method: JsonObject
     """The method's config."""
     reads: tuple[str, ...]
-    """Roles of the data sets whose extracted activations the method reads."""
+    """Roles of the data sets whose extracted activations the method loads."""
     walked: dict[str, DataSet] = Field(default={}, exclude_if=lambda walked: not walked)
-    """Texts that a fit place after place runs through the model, by the role of their data set; empty if the method is fitted
-    on extracted activations of both samples."""
+    """Texts that a fit of one place after another runs through the model, by the role of their data set; empty if the method is
+    fitted on extracted activations of both samples."""
     fingerprints: dict[str, str | list[str]] = Field(default={}, exclude_if=lambda fingerprints: not fingerprints)
     """Fingerprints of these texts, by role."""
     extract: ExtractConfig | None = Field(default=None, exclude_if=lambda config: config is None)
-    """How these texts are read; None if there are none."""
+    """Settings of the forward passes on these texts; None without texts."""
 
 
 def stage(job: Job, model: Subject, extractions: Mapping[str, Stage]) -> Stage:
-    """Return the stage that fits the job's method; `extractions` are the stages of the activations it reads, by data role."""
+    """Return the stage that fits the job's method; `extractions` are stages of the activations it loads, by data role."""
     assert job.extract is not None
     method = fitted(job.method)
     walked = {role: job.data.by_role[role] for role in method.walked(job.method)}
@@ -77,14 +77,14 @@ def stage(job: Job, model: Subject, extractions: Mapping[str, Stage]) -> Stage:
 
 
 def run(work: Work) -> None:
-    """Fit in one Ray task and write the patch, the prompt settings and a reference to the model that the patch is for."""
+    """Fit in one Ray task and write the patch, the prompt settings and a reference to the patch's model."""
     params = Params.model_validate(work.params)
     inputs = {role: work.stage.inputs[extract.read_as(role)] for role in params.reads}
     activations = {role: ModelRef(artifact=(work.store.root, stage.name, stage.key)) for role, stage in inputs.items()}
     method = fitted(params.method)
     config = method.Config.model_validate(params.method)
     walks = method.walks(config)
-    # A fit place after place loads the model and may use a GPU; a fit on extracted activations is arithmetic on one CPU.
+    # A fit of one place after another loads the model and may use a GPU; a fit on stored activations needs one CPU.
     resources = reserved.of_actors(work.scale) if walks else {"num_cpus": 1}
     fit = calls.result(_fit, (subject.of(work), params, activations, own_code.codes_in(params.method)), **resources)
     patch = patches.ActivationPatch.from_maps(fit.maps, fit.selection, method.strength_range, config.pixels)
@@ -100,8 +100,8 @@ def run(work: Work) -> None:
 
 
 def write_base(work: Work, params: subject.OnModel, prompt: JsonObject) -> None:
-    """Write which model a patch is for (`base.json`) and how that model is prompted (`prompt.json`)."""
-    # An artifact is named by stage and key, not by path: the patch stays valid when ROOT moves, since both lie in it.
+    """Write the reference to a patch's model (`base.json`) and that model's prompt settings (`prompt.json`)."""
+    # An artifact is named by stage and key, not by path: the patch stays valid when ROOT is moved, since ROOT contains both.
     below = work.stage.inputs.get(subject.MODEL)
     base = {"stage": below.name, "key": below.key} if below else {"source": params.model.source}
     (work.directory / BASE).write_text(json.dumps(base))
@@ -119,23 +119,23 @@ class _Fit:
     fingerprint: str
     """Fingerprint of the model that the patch is for."""
     prompt: JsonObject
-    """How that model is prompted."""
+    """Prompt settings of that model."""
     seconds: float
     num_rows: dict[str, int]
-    """Number of samples, of the roles "source" and "target"."""
+    """Number of samples of the roles "source" and "target"."""
 
 
 def _fit(loading: Loading, params: Params, activations: dict[str, ModelRef], codes: tuple[Code, ...]) -> _Fit:
     """Fit the maps of a method.
 
     Raises:
-        ValueError: `method.steer` selects none of the extracted places, or the method's `fit` returns something else than maps.
+        ValueError: `method.steer` selects none of the extracted places, or the method's `fit` does not return maps.
     """
     from steerlab.activations.parquet import Activations
 
-    # Before the config is read: the method may be one of the files that were sent along.
+    # Received before the config is read, because the method may be one of the files sent with this task.
     own_code.receive(codes)
-    # Opened on the node that fits: an artifact in a bucket is downloaded there, and not by the driver.
+    # Activations are opened on the node that fits, so that an artifact in a bucket is downloaded there and not by the driver.
     read = {role: Activations.open(ref.locate()) for role, ref in activations.items()}
     method = fitted(params.method)
     config = method.Config.model_validate(params.method)
@@ -152,7 +152,7 @@ def _at_once(params: Params, read: Mapping[str, Activations]) -> _Fit:
     selection = steered(Selection.model_validate(target.origin.selection), method.steers(config))
     names = _among(selection, target.modules)
     columns = {role: {name: sample.column(name, config.pooling) for name in names} for role, sample in read.items()}
-    # The clock starts after the columns are read: `seconds` is the time of the method, not of the disk.
+    # The clock starts after the columns are read, so that `seconds` does not include the time of the disk.
     start_s = time.monotonic()
     maps = checked_maps(config, method.fit(config, columns["source"], columns["target"]))
     return _Fit(
@@ -170,18 +170,18 @@ def _among(selection: Selection, places: Sequence[str]) -> list[str]:
     names = [name for name in places if _takes(selection, name)]
     if not names:
         raise ValueError(
-            f"method.steer.modules {selection.modules!r} takes none of the extracted places: {', '.join(places[:5])}"
+            f"method.steer.modules {selection.modules!r} selects none of the extracted places: {', '.join(places[:5])}"
         )
     return names
 
 
 def checked_maps(config: MethodConfig, maps: object) -> Mapping[str, Map]:
-    """Return what a method's `fit` returned.
+    """Return the maps of a method's `fit` after checking their types.
 
     Raises:
-        ValueError: it is no mapping from places to maps.
+        ValueError: the value is not a mapping from places to maps.
     """
-    # A method may be a user's own file, which no type checker has seen.
+    # A method may be a user's own file, which was not type-checked.
     code = TABLE.foreign(config)
     method = f"method {config.name}" + (f" of {code}" if code else "")
     if not isinstance(maps, Mapping):
@@ -194,14 +194,14 @@ def checked_maps(config: MethodConfig, maps: object) -> Mapping[str, Map]:
 
 @runtime_checkable
 class _MapLike(Protocol):
-    """The method that tells a `Map` from other values at run time: a Tensor has none of this name."""
+    """The method that distinguishes a `Map` from other values at run time: a Tensor has no method of this name."""
 
     def layer(self) -> object: ...
 
 
 def steered(read: Selection, steer: Selection | None) -> Selection:
-    """Return where maps act: on every token of the modules that were read, unless the method selects others (`steer`)."""
-    # The side is always that of the extraction: a map that was fitted on inputs means nothing on outputs.
+    """Return where maps act: on every token of the modules of the extraction, unless the method selects others (`steer`)."""
+    # The side is always that of the extraction: a map that was fitted on inputs is meaningless for outputs.
     if steer is not None:
         return steer.model_copy(update={"side": read.side})
     return Selection(modules=read.modules, exclude_modules=read.exclude_modules, side=read.side)
@@ -210,7 +210,7 @@ def steered(read: Selection, steer: Selection | None) -> Selection:
 def _takes(selection: Selection, name: str) -> bool:
     """Return whether a selection contains a place, which is named `module` or `module:element`."""
     module = name.partition(":")[0]
-    # The pattern may end in the number of an element of the module's output, too; it does not restrict the modules.
+    # The pattern may end in `:NUMBER`, an element of the module's output, which does not restrict the modules.
     pattern = re.sub(r":\d+$", "", selection.modules)
     excluded = selection.exclude_modules is not None and expressions.whole(selection.exclude_modules, [module])
     return bool(expressions.whole(pattern, [module])) and not excluded
@@ -225,10 +225,10 @@ def _in_order(loading: Loading, params: Params, read: Mapping[str, Activations])
     method = fitted(params.method)
     config = method.Config.model_validate(params.method)
     model = subject.load(loading)
-    assert params.extract is not None, "the stage of a fit place after place declares how its texts are read"
+    assert params.extract is not None, "the stage declares the settings of its forward passes"
     selection = steered(params.extract.select, method.steers(config))
     places = _among(selection, [tap.name for tap in taps.select(model.model, params.extract.select)])
-    # What was extracted is the target of the plain model; else target texts are among those that run through the model.
+    # Extracted target activations are those of the plain model; otherwise target texts run through the model as well.
     extracted = {name: read["target"].column(name, config.pooling) for name in places} if "target" in read else None
     readings, num_rows = _readings(model, params, selection)
 
@@ -246,10 +246,10 @@ def _in_order(loading: Loading, params: Params, read: Mapping[str, Activations])
 
 
 def _readings(model: Any, params: Params, steer: Selection) -> tuple[list[Reading], dict[str, int]]:
-    """Return the texts of a fit place after place in batches, and the number of texts by role.
+    """Return the texts of a fit of one place after another in batches, and the number of texts by role.
 
     Raises:
-        ValueError: the model carries patches and the texts need several batches.
+        ValueError: the model has patches and the texts need several batches.
     """
     import torch
 
@@ -260,7 +260,7 @@ def _readings(model: Any, params: Params, steer: Selection) -> tuple[list[Readin
     assert params.extract is not None
     reader = TextReader(model, params.extract)
     encoded = {role: reader.encode(rows.read(data), data.format, 0)[0] for role, data in params.walked.items()}
-    # The reader only tokenises here; its hooks would read every pass of the fit.
+    # The reader only tokenises here; its hooks would record every pass of the fit.
     reader.close()
     texts = [(text, role == "target") for role, some in encoded.items() for text in some]
     readings = []
@@ -269,10 +269,10 @@ def _readings(model: Any, params: Params, steer: Selection) -> tuple[list[Readin
         is_target_B = torch.tensor([texts[i][1] for i in chunk])
         read_BT, steered_BT = (token_masks.selected(batch, select, model.device) for select in (params.extract.select, steer))
         readings.append(Reading(batch.patched_inputs, read_BT, steered_BT, is_target_B))
-    # The fit runs batches in threads side by side (sequential_fit.py), and a model's patches know the tokens of one call only.
+    # The fit runs batches in threads side by side (sequential_fit.py), but a model's patches hold the roles of one call.
     if model.patches and len(readings) > 1:
         raise ValueError(
-            f"method.incremental: on a model that carries patches the {len(texts)} texts must fit into one batch; raise "
+            f"method.incremental: on a model with patches, the {len(texts)} texts must fit into one batch; raise "
             "extract.batch_tokens or set method.incremental: false"
         )
     return readings, {role: len(some) for role, some in encoded.items()}

@@ -1,4 +1,4 @@
-"""The stage of method `prompt`: its artifact names a model and says what stands before each of its prompts."""
+"""The stage of method `prompt`: its artifact names a model and the preamble of its prompts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Params(subject.OnModel):
 
 
 def stage(job: Job, model: Subject) -> Stage:
-    """Return the stage that puts a preamble before the prompts of a job's model."""
+    """Return the stage that adds a preamble to the prompts of a job's model."""
     examples = job.data.examples
     params = Params(
         **model.fields,
@@ -40,14 +40,14 @@ def stage(job: Job, model: Subject) -> Stage:
 
 
 def preamble(job: Job) -> Preamble:
-    """Return what the method of a job puts before each prompt; reads the rows of `data.examples`."""
+    """Return the preamble that a job's method adds to each prompt; reads the rows of `data.examples`."""
     method = TABLE.of(job.method)
     assert isinstance(method, Prompted)
     return method.preamble(job.method, [] if job.data.examples is None else rows.read(job.data.examples))
 
 
 def run(work: Work) -> None:
-    """Write how the model is prompted, and which model it is; runs in the driver, since no model is loaded."""
+    """Write the prompt settings and the reference to the model, in the driver, since no model is loaded."""
     params = Params.model_validate(work.params)
     method = TABLE.of(params.method)
     assert isinstance(method, Prompted)

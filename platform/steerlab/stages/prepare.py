@@ -26,11 +26,11 @@ from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Estimate, Stage, Work
 
 _ROWS_JUDGED = 256
-"""Rows that are tokenised to estimate the mean length of all."""
+"""Number of rows that are tokenised to estimate the mean length of all."""
 
 
 class _SumSizes(Frozen, extra="ignore"):
-    """Parameters of a sum over rows that decide how much memory and disk it needs."""
+    """Parameters of a sum over rows that determine its memory and disk."""
 
     rows_per_batch: int
     rows_per_shard: int
@@ -38,7 +38,7 @@ class _SumSizes(Frozen, extra="ignore"):
 
 
 class _RowSizes(Frozen, extra="ignore"):
-    """Parameters of tensors of each row that decide how much memory they need."""
+    """Parameters of tensors of each row that determine their memory."""
 
     batch_tokens: int
 
@@ -48,11 +48,11 @@ class Prepared(NamedTuple):
 
     stage: Stage
     estimate: Callable[[ModelFacts, Path], Estimate]
-    """(facts of the model, directory with its config and tokenizer) -> memory and disk that the stage needs."""
+    """Function (facts of the model, directory with its config and tokenizer) -> memory and disk of the stage."""
 
 
 class Stages(Prepare):
-    """Makes a stage of each preparation that a job's method requests before its training."""
+    """Make a stage for each preparation that a job's method requests before its training."""
 
     def __init__(self, job: Job, model: Subject, source: str) -> None:
         """Let the job's method request its preparations.
@@ -72,7 +72,7 @@ class Stages(Prepare):
         read: tuple[str, ...] = ()
         method = TABLE.of(job.method)
         if method.is_prepared and (job.train is not None or method.changes_trained):
-            # Modules without weights: methods look up names and shapes, and the plan must not take the memory of a model.
+            # The skeleton has no weights: methods need only names and shapes, and planning must not take the memory of a model.
             skeleton = models.skeleton(sources.fetch(source), job.model.trust_remote_code)
             read = method.prepares(job.method, skeleton, self)
         self.used: dict[str, Stage] = {name: self.made[name].stage for name in read}
@@ -82,7 +82,7 @@ class Stages(Prepare):
         """Add the stage of a preparation."""
         match preparation:
             case Moments(name, role, config):
-                # The same stage as that of a job which only extracts these moments, so both share one artifact.
+                # A job that only extracts these moments has the same stage, so both share one artifact.
                 stage = reduce.stage(self._job, role, self._model, config)
                 self.made[name] = Prepared(stage, partial(extraction_size.estimate, self._job, role, config))
             case SumOverRows():
@@ -93,12 +93,12 @@ class Stages(Prepare):
                 self._map_parts(preparation)
 
     def _sum_over_rows(self, request: SumOverRows) -> None:
-        """Plan a stage of sums. Memory is that of the model and one batch's logits besides the method's own."""
+        """Plan a stage of sums. The memory is that of the model, of one batch's logits and of the method itself."""
         params = _SumSizes.model_validate(request.params)
 
         def estimated(facts: ModelFacts, directory: Path) -> Estimate:
             num_shards = -(-len(rows.read(self._job.data.by_role[request.role])) // params.rows_per_shard)
-            # Logits, their log-softmax and their gradient, 4 bytes a value: no activation of a small model is larger.
+            # Logits, their log-softmax and their gradient take 4 bytes per value; small models have no larger activation.
             logits = 3 * 4 * params.rows_per_batch * params.max_tokens * facts.vocab_size
             memory_bytes = request.estimate.memory_bytes + self._weights(facts) + logits
             return replace(request.estimate, memory_bytes=memory_bytes, work_bytes=request.estimate.work_bytes * num_shards)
@@ -115,10 +115,10 @@ class Stages(Prepare):
 
     def _map_parts(self, request: MapParts) -> None:
         """Plan a stage of parts."""
-        # A preparation that reads no model does not depend on it, and shares its artifact between jobs on different models.
+        # A preparation without a model has the same key for all models, so that jobs on different models share its artifact.
         of_model = subject.dumped(self._model.params) if request.reads_model else {}
         inputs = {**(self._model.inputs if request.reads_model else {}), **self._needed(request.needs)}
-        # People read the name of a single part; of many, their number.
+        # The label is the name of a single part, or the number of several.
         label = ", ".join(request.parts[:1]) if len(request.parts) == 1 else f"{len(request.parts)} parts"
         run = partial(named_parts.make_parts, own_code.portable(request.make), request.parts, request.reads_model)
         params = {**request.params, **self._own, **of_model}
@@ -138,12 +138,12 @@ class Stages(Prepare):
         estimate: Callable[[ModelFacts, Path], Estimate],
         needed: Mapping[str, Stage],
     ) -> None:
-        """Plan a stage that reads the rows of a data set; `params` are those that the method declared."""
+        """Plan a stage that reads the rows of a data set; `params` are the method's own parameters."""
         data = self._job.data.by_role[request.role]
         inputs = {**self._model.inputs, **needed}
         label = f"{request.role}: {rows.describe(data)}"
         of_rows = making.OnRows(data=data, data_fingerprint=rows.fingerprint(data), **self._model.fields)
-        # The method's own parameters first: a method must not overwrite the platform's, which say what was read.
+        # The method's parameters come first, so that they cannot overwrite the platform's, which describe the data.
         all_params = {**params, **self._own, **subject.dumped(of_rows)}
         stage = Stage(request.name, request.version, all_params, run, inputs, label, self._model.paths)
         self.made[request.name] = Prepared(stage, estimate)
@@ -169,5 +169,5 @@ class Stages(Prepare):
         values = values_per_target * sum(sum(row.targets(data.loss_on)) for row in encoded)
         value_bytes = models.DTYPES[job.model.dtype].itemsize
         disk_bytes = int(value_bytes * values / len(some) * len(read))
-        # A rough allowance: 16 tensors of the size of the kept values while a batch goes through the model.
+        # As a rough allowance, a forward pass holds 16 tensors of the size of the stored values.
         return Estimate(self._weights(facts) + 16 * value_bytes * batch_tokens * values_per_target, disk_bytes)

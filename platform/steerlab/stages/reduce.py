@@ -1,4 +1,4 @@
-"""The stage that reduces activations to moments: it reads texts as the extraction does, but stores sums instead of rows."""
+"""The stage that reduces activations to moments: it runs texts through the model as the extraction does, and stores sums."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def stage(job: Job, role: str, model: Subject, config: ExtractConfig) -> Stage:
-    """Return the stage that sums the activations that a model has on one of the job's data sets."""
-    # Sums are float64 whatever the dtype of extracted rows, which therefore must not change the key.
+    """Return the stage that sums a model's activations on one of the job's data sets."""
+    # Sums are always float64, so the dtype of extracted rows must not change the key.
     return Stage(
         "moments",
         1,
@@ -44,7 +44,7 @@ class SumFacts(extract.ReadFacts):
     """Counts of one shard, and a description of its sums."""
 
     about: JsonObject
-    """The model, the places that were read, and the width of each column; the same for all shards of a stage."""
+    """The model, the places, and the width of each column; the same for all shards of a stage."""
 
 
 def run(work: Work) -> None:
@@ -61,8 +61,8 @@ def run(work: Work) -> None:
         lambda num_rows, some: extraction_size.check_disk(work, params, num_rows, some),
     )
     work.directory.mkdir(parents=True, exist_ok=True)
-    # Merged in the order of the shards, not in that in which they came: floating-point addition is not associative, and the
-    # artifact must not depend on which actor was faster.
+    # The sums are merged in the order of the shards: floating-point addition is not associative, and the artifact must not
+    # depend on which actor was faster.
     with shards.parts(work) as paths:
         widths = moments.Columns.model_validate(parts[0].about).widths
         moments.save(((name, moments.merge_files(paths, name)) for name in widths), work.directory, _summary(parts, start_s))
@@ -90,10 +90,10 @@ class _Counts:
 
 
 class SumsOfShard(shard_worker.Maker):
-    """Makes the safetensors file with the sums of a shard.
+    """Make the safetensors file with the sums of a shard.
 
-    Second moments of all places may need more memory than the model itself. The texts are then read in several passes, each
-    of which sums some of the places.
+    Second moments of all places may need more memory than the model itself. Then several passes over the texts are made,
+    each of which sums some of the places.
     """
 
     suffix = ".safetensors"
@@ -102,7 +102,7 @@ class SumsOfShard(shard_worker.Maker):
         from steerlab.activations import reading
 
         self._model, self._config, self._format = model, params.extract, params.data.format
-        # This reader only tells the columns; each pass makes one of its own, with hooks on its own places.
+        # This reader only lists the columns; each pass creates another one, with hooks on its own places.
         reader = reading.TextReader(model, self._config)
         self._widths, self._modules = reader.widths, reader.modules
         reader.close()
@@ -114,11 +114,11 @@ class SumsOfShard(shard_worker.Maker):
         }
 
     def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> SumFacts:
-        """Write the sums to `path`, whole or not at all."""
+        """Write the sums to `path` atomically."""
         from steerlab.activations import moments
 
         start_s = time.monotonic()
-        # `save_sums` takes one column at a time from the generator, so that no more than one pass is in memory. The counts are
+        # `save_sums` takes one column at a time from the generator, so that only one pass is in memory. The counts are
         # therefore complete only after it returns.
         counts = _Counts()
         moments.save_sums(self._sums(shard, counts, tell), self._widths, self._config.second_moment, path)
@@ -137,7 +137,7 @@ class SumsOfShard(shard_worker.Maker):
         """Yield the sums of every column, pass after pass, and fill `counts`."""
         from steerlab.activations import reading
 
-        # Columns are place by place, and for each place one for each pooling; all columns of a place are of the same width.
+        # Columns are ordered by place and then by pooling; all columns of a place have the same width.
         poolings = len(self._config.pooling)
         sizes = list(self._widths.values())[::poolings]
         groups = list(
@@ -149,7 +149,7 @@ class SumsOfShard(shard_worker.Maker):
             counts.num_tokens = sum(len(text) for text in texts)
             total: dict[str, Sums] = {}
             for done in self._pass(reader, texts, shard.first, total):
-                # In rows of one reading of the shard, over all passes, so that progress does not start again with each.
+                # Progress is scaled to the rows of the shard over all passes, so that it does not start again with each pass.
                 tell((number * len(texts) + done) // len(groups))
             reader.close()
             counts.num_vectors = next(iter(total.values())).num_vectors
@@ -157,13 +157,13 @@ class SumsOfShard(shard_worker.Maker):
             yield from ((name, total.pop(name)) for name in list(total))
 
     def _pass(self, reader: TextReader, texts: Sequence[Encoded], first: int, total: dict[str, Sums]) -> Iterator[int]:
-        """Read the texts once, add their sums to `total`, and yield the number of texts done after each batch."""
+        """Run the texts through the model once, add their sums to `total`, and yield the number of finished texts per batch."""
         from steerlab.activations import moments
 
         num_done = 0
         for vectors in reader.read(texts, first):
             for name, z_MD in vectors.values.items():
-                # A sum cannot be repaired once a NaN is in it, unlike rows, where readers can point to the bad one.
+                # A NaN makes the whole sum useless, so it is refused here; in extracted rows, readers can name the bad row.
                 moments.check_finite(name, z_MD, vectors.row_M, first)
                 batch = moments.sums(z_MD, self._config.second_moment)
                 total[name] = moments.merged(total[name], batch) if name in total else batch

@@ -1,4 +1,4 @@
-"""The stage that trains a model, or a patch for it: its artifact holds weights or patch, prompt settings and history."""
+"""The stage that trains a model, or a patch for it: its artifact has the weights or the patch, prompt settings and history."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Params(subject.OnModel):
     method: JsonObject
     """The method's config."""
     data: DataConfig
-    """The data sets for training and validation, and the prompt format; other data sets of the job are left out."""
+    """The data sets for training and validation, and the prompt format; other data sets of the job are omitted."""
     data_fingerprints: dict[str, str | list[str]]
     """Fingerprints of these data sets by role."""
     train: TrainConfig
     reads: tuple[str, ...]
-    """Roles of the data sets whose extracted activations the method reads. Empty for most methods."""
+    """Roles of the data sets whose extracted activations the method loads. Empty for most methods."""
 
 
 def stage(job: Job, model: Subject, extractions: Mapping[str, Stage], prepared: Mapping[str, Stage]) -> Stage:
@@ -45,7 +45,7 @@ def stage(job: Job, model: Subject, extractions: Mapping[str, Stage], prepared: 
     Args:
         job: A job with a `train` section.
         model: The model from which the training starts.
-        extractions: Stages of the activations that the method reads, by the role of their data set.
+        extractions: Stages of the activations that the method loads, by the role of their data set.
         prepared: Stages of the preparations that the training loads, by name.
     """
     assert job.train is not None
@@ -69,18 +69,18 @@ def stage(job: Job, model: Subject, extractions: Mapping[str, Stage], prepared: 
 def run(work: Work) -> None:
     """Train under Ray Train and DeepSpeed.
 
-    Checkpoints lie in the stage's work directory, so a training that was killed continues from the newest one.
+    Checkpoints are in the stage's work directory, so a killed training continues from the newest one.
 
     Raises:
-        ValueError: the method trains the model's own weights, and the model carries a patch.
+        ValueError: the method trains the model's own weights, but the model has a patch.
     """
-    # Ray Train takes seconds to import; a driver that finds the artifact in the cache needs none of it.
+    # Ray Train takes seconds to import; a driver that finds the artifact in the cache does not need it.
     from steerlab.stages.spread import launch, warm
 
     storage = work.store.work(work.stage.name, work.stage.key)
     params = Params.model_validate(work.params)
     method = trained(params.method)
-    # The inputs of the stage are the model, the activations and the preparations; the last have names of the method's choice.
+    # The inputs of the stage are the model, the activations and the preparations; the method names the last.
     others = {subject.MODEL, *map(extract.read_as, params.reads)}
     request = Request(
         start=starting_model(work, as_it_is=not method.leaves_model),
@@ -92,7 +92,7 @@ def run(work: Work) -> None:
         prepared={name: _located(work, stage) for name, stage in work.stage.inputs.items() if name not in others},
         code=own_code.codes_in(params.method),
     )
-    # In this process a training has one worker, as it has in a warm one.
+    # A training in this process has one worker, like one in a warm process.
     if work.scale.warm or alone.here() is not None:
         warm.fit(request, work.scale, storage=storage, report=work.report)
     else:
@@ -106,10 +106,10 @@ def run(work: Work) -> None:
 def starting_model(work: Work, *, as_it_is: bool) -> ModelRef:
     """Return a reference to the model from which the training starts.
 
-    `as_it_is` keeps the patches on it, which only methods with frozen weights allow.
+    `as_it_is` retains the model's patches, which only methods with frozen weights support.
 
     Raises:
-        ValueError: the model carries a patch and `as_it_is` is False.
+        ValueError: the model has a patch and `as_it_is` is False.
     """
     if (process := alone.here()) is not None and process.start is not None:
         return ModelRef(source=str(process.start))
@@ -120,7 +120,7 @@ def starting_model(work: Work, *, as_it_is: bool) -> ModelRef:
         return _located(work, base)
     if (work.inputs[subject.MODEL] / "patch").exists():
         raise ValueError(
-            f"model.source: the model of '{base.label}' carries a patch; only a model without one can be trained further"
+            f"model.source: the model of '{base.label}' has a patch; only a model without a patch can be trained further"
         )
     # An artifact of trained weights holds the checkpoint in `model/`, beside history and prompt settings.
     return replace(_located(work, base), subfolder="model")
@@ -131,8 +131,8 @@ def _located(work: Work, stage: Stage) -> ModelRef:
 
 
 def _model(params: Params) -> ModelConfig:
-    """Return the model's config as the training loop reads it, with the sources of a tokenizer or template elsewhere."""
-    # Defaults stand for the settings that a key leaves out: "artifact" is never read, since `Request.start` names the model.
+    """Return the model's config for the training loop, with the sources of a tokenizer or template outside its folder."""
+    # Settings that the key omits have their defaults. "artifact" is never loaded, since `Request.start` names the model.
     model, prompt = params.model, params.prompt
     return ModelConfig(
         source=model.source or "artifact",
@@ -149,7 +149,7 @@ def _model(params: Params) -> ModelConfig:
 def estimate(job: Job, facts: ModelFacts, skeleton: PreTrainedModel) -> Estimate:
     """Estimate the memory of one worker and the disk of training with Adam.
 
-    A method trains all weights of the model, some parameters that are counted (`size`), or a patch that is small beside the
+    A method trains all weights of the model, a known number of parameters (`size`), or a patch that is small compared with the
     frozen weights.
     """
     assert job.train is not None
@@ -157,9 +157,9 @@ def estimate(job: Job, facts: ModelFacts, skeleton: PreTrainedModel) -> Estimate
     weight = _FLOAT_BYTES if is_float32 else 2
     sequences = 2 if job.data.by_role[method.module.trains_on].format == "preference" else 1
     tokens = sequences * job.train.micro_batch * job.train.max_tokens
-    # About 16 values of the width of the residual stream are kept for the backward pass of a layer.
+    # A layer stores about 16 vectors of the width of the residual stream for its backward pass.
     layers = 16 * weight * tokens * facts.hidden_size * facts.num_layers
-    # Logits, their log-softmax and their gradient, in float32: for small models more than all other activations.
+    # Logits, their log-softmax and their gradient are float32; for small models they exceed all other activations.
     logits = 3 * _FLOAT_BYTES * tokens * facts.vocab_size if method.module.holds_logits else 0
     own_size, whole = method.module.size(job.method, skeleton), facts.num_parameters * weight
     if method.leaves_model and own_size is None:
@@ -170,14 +170,14 @@ def estimate(job: Job, facts: ModelFacts, skeleton: PreTrainedModel) -> Estimate
         own, state = _FLOAT_BYTES, 8
         size = Size(own_size.trained, own_size.more_bytes + whole)
     else:
-        # Frozen weights need no gradients and no moments; the patch is small beside them.
+        # Frozen weights need neither gradients nor moments; the patch is small compared with them.
         return Estimate(memory_bytes=int(whole + layers))
     sharded = _per_parameter(job, own, state)
     return Estimate(
         memory_bytes=int(size.trained * sharded + size.more_bytes + logits + layers),
-        # Adapters are saved within the whole model.
+        # Adapters are merged into the saved model.
         disk_bytes=max(size.trained * own, whole if method.leaves_model else 0),
-        # The newest checkpoint, the best one, and the one that is being written.
+        # Space for the newest checkpoint, the best one, and the one being written.
         work_bytes=3 * int(size.trained * (own + state)),
     )
 

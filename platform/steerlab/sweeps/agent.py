@@ -37,17 +37,17 @@ def check(path: str, sweep_plan: SweepPlan) -> None:
     Raises:
         ValueError: the job is not tracked online, is tracked in another project, or no API key is set.
     """
-    # W&B chooses the next point by the metrics that it received, so runs that it never sees would leave it blind.
+    # W&B chooses the next point by the metrics that it received, so it must receive those of all runs.
     track = sweep_plan.job.track
     if track.wandb is None or track.wandb.mode != "online":
         raise JobError(
-            f"{sweep_plan.path}: --backend wandb needs track.wandb with mode: online; W&B chooses by what it is sent"
+            f"{sweep_plan.path}: --backend wandb needs track.wandb with mode: online; W&B chooses by the metrics it receives"
         )
     *before, _ = path.strip("/").split("/")
     location = dict(zip(("project", "entity"), reversed(before), strict=False))
     for name, own in (("project", track.wandb.project), ("entity", track.wandb.entity)):
         if name in location and own is not None and own != location[name]:
-            raise JobError(f"{sweep_plan.path}: track.wandb.{name} is {own}, and the sweep {path} lies in another one")
+            raise JobError(f"{sweep_plan.path}: track.wandb.{name} is {own}, but the sweep {path} is in another one")
     if not has_key():
         raise ValueError(NO_KEY)
 
@@ -62,7 +62,7 @@ class Agent:
             ValueError: W&B refuses, the job's runs would not reach it (see `check`), or its sweep varies a parameter that
                 the search space lacks.
         """
-        # Before the registration, so that a refused request leaves no agent at W&B.
+        # Checked before the registration, so that no agent of a refused request remains at W&B.
         check(path, sweep_plan)
         self._agents = agents.Agents(path, num_at_once)
         _check_config(self._agents.config, sweep_plan)
@@ -72,7 +72,7 @@ class Agent:
         """Id of each unit's W&B run, by the unit's name."""
 
     def start(self, store: Store, folder: str, history: History) -> None:
-        """Start to ask W&B for runs; the runs of pending units are reported as running."""
+        """Start asking W&B for runs; the runs of pending units are reported as running."""
         self._store, self._file = store, f"{folder}/{RUNS}"
         try:
             self.runs = saved.checked(store.read_json(self._file), dict[str, str], store.where(self._file))
@@ -81,7 +81,7 @@ class Agent:
         self._agents.start([self.runs[unit.name] for unit in history.pending if unit.name in self.runs])
 
     def close(self) -> None:
-        """Stop to ask W&B for runs."""
+        """Stop asking W&B for runs."""
         self._agents.close()
 
     @property
@@ -91,8 +91,8 @@ class Agent:
 
     @property
     def stopped(self) -> set[str]:
-        """Names of the units that W&B wants stopped."""
-        # A copy: the thread that sends heartbeats changes the set at any time.
+        """Names of the units that W&B wants to stop."""
+        # The set is copied, since the thread that sends heartbeats may change it at any time.
         wanted = self._agents.stopped.copy()
         return {name for name, run in self.runs.items() if run in wanted} if wanted else set()
 
@@ -104,7 +104,7 @@ class Agent:
     def next(self, history: History) -> Unit | None:
         """Return the next unit, or None when W&B suggests none now.
 
-        A suggestion that makes no valid job is recorded as a failed trial with the reason. A suggestion whose values already
+        A suggestion that makes an invalid job is recorded as a failed trial with the reason. A suggestion whose values already
         ran is skipped with a warning.
         """
         while (suggestion := self._agents.take()) is not None:
@@ -113,8 +113,8 @@ class Agent:
                 continue
             unit = unit_of(self._plan, suggestion.parameters, len(history.courses) + 1, self._seeds)
             if _is_known(unit, history):
-                warnings.warn(f"W&B asks for {suggestion.parameters} again, which is not run twice", stacklevel=2)
-                # Without this, the agent would report the run as running for ever and never get another one.
+                warnings.warn(f"W&B suggests {suggestion.parameters} again; this point is not run twice", stacklevel=2)
+                # Without this, the agent would report the run as running forever and never receive another one.
                 self._agents.release(suggestion.run_id)
                 continue
             self.runs[unit.name] = suggestion.run_id
@@ -123,14 +123,14 @@ class Agent:
             reason = self._refusal(unit)
             if reason is None:
                 return unit
-            # As a failed unit and not as an error: one bad suggestion should not end the sweep.
+            # The unit is recorded as failed instead of raising an error, since one bad suggestion should not end the sweep.
             history.suggest(unit)
             history.add("fail", unit=unit.number, reason=reason)
             self.settled(unit)
         return None
 
     def _refusal(self, unit: Unit) -> str | None:
-        """Return why a unit's values make no valid job; None when they do."""
+        """Return why a unit's values do not make a valid job; None if they do."""
         # Somebody may have widened the ranges on W&B's page after the space was checked.
         try:
             self._plan.job_of(unit.shared, unit.seeds[0], unit.strengths)
@@ -149,7 +149,7 @@ class _Metric(saved.Shape):
 
 
 class _Config(saved.Shape):
-    """Configuration of a sweep as W&B's server returns it, as far as it is read here."""
+    """Configuration of a sweep as W&B's server returns it, reduced to the fields that are used here."""
 
     parameters: dict[str, JsonObject] = {}
     metric: _Metric = _Metric()
@@ -159,10 +159,10 @@ def _check_config(tree: JsonObject, sweep_plan: SweepPlan) -> None:
     """Refuse a W&B sweep with parameters that the space lacks; warn when it optimises another metric."""
     config = saved.checked(tree, _Config, "W&B's sweep")
     point_of(sweep_plan.space, {name: _value_of(entry) for name, entry in config.parameters.items()})
-    # Only a warning: W&B then optimises one metric, and the table names the best trial by the other.
+    # This is only a warning: W&B then optimises one metric, and the table ranks trials by the other.
     wanted, metric = config.metric.name, metric_name(sweep_plan.metric)
     if wanted not in (None, metric):
-        warnings.warn(f"W&B's sweep goes by {wanted}, {sweep_plan.space.path} by {metric}", stacklevel=2)
+        warnings.warn(f"W&B's sweep optimises {wanted}, but {sweep_plan.space.path} optimises {metric}", stacklevel=2)
 
 
 def _value_of(entry: JsonObject) -> Json:
@@ -185,7 +185,7 @@ def unit_of(sweep_plan: SweepPlan, parameters: JsonObject, number: int, seeds: t
 
 
 def point_of(space: Space, parameters: JsonObject) -> Point:
-    """Return the point of the space that W&B's parameter values stand for.
+    """Return the point of the space for W&B's parameter values.
 
     Raises:
         JobError: W&B's sweep has a parameter that the space lacks, so it was not created from the same file.

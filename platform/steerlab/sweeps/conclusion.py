@@ -1,4 +1,4 @@
-"""End a sweep: write its table and summary, and evaluate the best trial on rows that no choice was based on."""
+"""End a sweep: write its table and summary, and evaluate the best trial on rows that were not used for a choice."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SweepSummary(TypedDict):
     complete: bool
     """False when the sweep was interrupted."""
     best: results.Best | None
-    """None when no trial finished, or none keeps the bounds of the space and of the job's `choose`."""
+    """None if no trial finished, or none satisfies the bounds of the space and of the job's `choose`."""
     indistinguishable: list[str] | None
     """Ids of other trials whose difference to the best one may be chance. None when that is unknown: the sweep was
     interrupted, or the metric is not stored item by item."""
@@ -34,17 +34,17 @@ class SweepSummary(TypedDict):
     test: dict[str, MetricNumbers] | None
     """Metrics of the best trial on the rows of the job's own tasks. None when the sweep was interrupted."""
     bounds: list[str]
-    """Bounds that the best trial keeps, in words."""
+    """Bounds that the best trial satisfies, in words."""
     prices: list[str]
-    """Metrics that decided between trials that cannot be told from the best one."""
+    """Metrics that decided between trials that cannot be distinguished from the best one."""
     predictions: list[outcomes.Outcome]
-    """What the space predicted, beside what was measured."""
+    """The predictions of the space, with the measured values."""
     counts: dict[str, int]
     """Number of trials (`trials`), and number of rows by status."""
     seconds: dict[str, float]
     """Seconds spent in each stage."""
     test_runs: NotRequired[list[str]]
-    """Run folders that `test` was read from."""
+    """Run folders that measured `test`."""
 
 
 def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
@@ -55,7 +55,7 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
     candidates = outcomes.candidates(scored, plan)
     best, close = results.best_of(candidates, plan.mode), None
     if best is not None and not interrupted:
-        # Only for a complete sweep: a later trial could still become the best one.
+        # Only a complete sweep has a chosen trial: a later trial could still become the best one.
         best, close = outcomes.chosen(best, candidates, scored, plan, sweep.store)
     statuses = [results.text_of(row, "status") for row in rows]
     summary: SweepSummary = {
@@ -78,10 +78,10 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
         summary["best"] = results.best_line(best, plan.metric)
         if plan.development:
             summary["development"] = results.metrics_of_rows(best.rows)
-        # Written for an interrupted sweep too: the best trial so far is often what people want.
+        # best.yaml is written for an interrupted sweep too, since users often want the best trial so far.
         job_files.write(sweep.store, f"{sweep.folder}/best.yaml", plan.best_job(best.params, None))
     if best is not None and not interrupted:
-        follows = "; its own tasks follow" if plan.development else ""
+        follows = "; now its own tasks run" if plan.development else ""
         sweep.say(f"best: trial {best.trial_id}, {plan.metric} {best.value:.4g}{follows}")
         summary["test"], summary["test_runs"] = _tested(sweep, best)
     sweep.store.write_json(f"{sweep.folder}/summary.json", summary)
@@ -104,9 +104,9 @@ def _tested(sweep: SweepRun, best: results.Scored) -> tuple[dict[str, MetricNumb
 
 def _report(sweep: SweepRun, job: Job, seed: int) -> run.Run:
     """Run the job's own tasks with the parameters of the best trial."""
-    # No Ray Tune process is waiting now, so a small job may train in this process, as the trials did in theirs.
+    # No process of Ray Tune is running now, so a small job may train in a warm process, as the trials did.
     if job.scale.worker_range == (1, 1) and job.scale.warm is None:
         job = job.model_copy(update={"scale": job.scale.model_copy(update={"warm": not reserved.uses_gpu(job.scale)})})
-    # A fixed id: a sweep that is interrupted here and resumed continues this run instead of starting another one.
+    # The id is fixed, so that a sweep that is interrupted here and resumed continues this run.
     run_id = f"{sweep.folder.rpartition('/')[2]}-best-{seed}"
     return run.execute(Plan.of(job), sweep.store, Listener(), sweep.command, run_id=run_id)

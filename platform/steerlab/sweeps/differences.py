@@ -37,7 +37,7 @@ def indistinguishable(trials: Sequence[Scored], best: Scored, metric: str, store
         return None
     close = []
     for other in trials:
-        # Against the best one alone: all pairs would be many more tests, whose answers nobody asked for.
+        # Trials are compared with the best one only; all pairs would be many more tests without a use.
         if other is not best and not _differs_over_items(own, _observations(other.rows[0], metric, store)):
             close.append(other.trial_id)
     return close

@@ -35,7 +35,7 @@ class Outcome:
     """The sweep's folder, relative to ROOT."""
     summary: conclusion.SweepSummary
     interrupted: bool
-    """True when units are still pending, as after Ctrl-C."""
+    """True if units are still pending, for example after Ctrl-C."""
 
 
 @own_code.held()
@@ -56,15 +56,15 @@ def sweep(
         store: ROOT.
         resume: continue the newest sweep of the same job over the same space instead of starting a new one.
         command: the command line, for the record.
-        say: prints a line for people.
+        say: prints a line for the user.
         at_once: largest number of trials that run at the same time; None for as many as fit on the cluster.
         wandb_sweep: ENTITY/PROJECT/ID of a W&B sweep that chooses the points instead of the space's own search; None for
             the space's own search.
 
     Raises:
-        ValueError: there is no sweep to resume, another process runs it, or a trial does not fit on the cluster.
+        ValueError: no sweep can be resumed, another process runs it, or a trial does not fit on the cluster.
     """
-    # Before the sweep has a folder: a trial that can never fit on the cluster should leave nothing behind.
+    # Checked before the sweep has a folder, since a trial that can never fit on the cluster should not create files.
     num_at_once = min(concurrency(request), at_once or sys.maxsize)
     agent = Agent(wandb_sweep, request.plan, request.seeds, num_at_once) if wandb_sweep is not None else None
     folder = _to_resume(request, store) if resume else f"sweeps/{request.plan.job.name}/{run.new_id()}"
@@ -84,7 +84,7 @@ def sweep(
 
 
 def _begin(request: SweepRequest, store: Store, folder: str) -> History:
-    """Record the start of a sweep, or its resumption after what the history holds; return the history."""
+    """Record the start of a sweep, or its resumption; return the history."""
     history = History(store, folder)
     _check_units(request, [course.unit for course in history.courses.values()], store.where(folder, "history.jsonl"))
     if history.started:
@@ -105,19 +105,19 @@ def _check_units(request: SweepRequest, units: Iterable[Unit], where: str) -> No
     """Refuse units in the history that do not come from this job and space.
 
     Raises:
-        ValueError: a unit differs from the request's unit of the same number, or sets a field that is no entry of the space.
+        ValueError: a unit differs from the request's unit of the same number, or sets a field that is not in the space.
     """
-    # A sweep folder may come from somebody else, and a value in it could name a file that the job would load or run.
+    # A sweep folder may come from another person, and a value in it could name a file that the job would load or run.
     # Grid and random search know all units in advance; a searcher's units can only be checked against the space.
     expected = {unit.number: json.loads(json.dumps(unit.as_dict())) for unit in request.units}
     entries = request.plan.space.fields
     for unit in units:
         if expected and expected.get(unit.number) != json.loads(json.dumps(unit.as_dict())):
-            raise saved.SavedError(f"{where} is damaged: unit {unit.number} is none of this job, space and seeds")
+            raise saved.SavedError(f"{where} is damaged: unit {unit.number} does not belong to this job, space and seeds")
         foreign = [key for trial in unit.trials for key in trial.params if key not in entries]
         if foreign:
             raise saved.SavedError(
-                f"{where} is damaged: unit {unit.number} sets {foreign[0]!r:.80}, which is no entry of SPACE"
+                f"{where} is damaged: unit {unit.number} sets {foreign[0]!r:.80}, which is not an entry of SPACE"
             )
         for trial in unit.trials if not expected else ():
             try:
@@ -127,9 +127,9 @@ def _check_units(request: SweepRequest, units: Iterable[Unit], where: str) -> No
 
 
 def latest(request: SweepRequest, store: Store) -> str | None:
-    """Return the folder of the newest sweep of the same job over the same space; None if there is no such sweep."""
+    """Return the folder of the newest sweep of the same job over the same space; None if there is none."""
     name = request.plan.job.name
-    # Through JSON, because the stored request has lists where the request in memory has tuples.
+    # Converted through JSON, because the stored request has lists where the request in memory has tuples.
     wanted = _identity(json.loads(json.dumps(request.described())), request.plan.job.model_dump(mode="json"))
     # Ids begin with the time, so the last one is the newest.
     for sweep_id in reversed(store.list(f"sweeps/{name}")):
@@ -160,8 +160,8 @@ def _to_resume(request: SweepRequest, store: Store) -> str:
 
 def _identity(space: JsonObject, tree: JsonObject) -> tuple[JsonObject, Json]:
     """Return the parts of a sweep's space and job that must be equal for it to be resumed."""
-    # Left out: paths, since the same files may lie elsewhere (their hashes stand for them), and `scale` and `track`, which
-    # change no result.
+    # Paths are ignored, since the same files may be elsewhere (their hashes identify them), and so are `scale` and `track`,
+    # which do not change results.
     files = space.get("files")
     places = {sha256: path for sha256, path in files.items() if isinstance(path, str)} if isinstance(files, dict) else {}
     return (

@@ -30,9 +30,9 @@ class StageCost(TypedDict):
     distinct: int
     """Number of stages with different keys."""
     cached: int
-    """How many of them are in the store."""
+    """Number of these stages that are in the store."""
     to_run: int
-    """How many of them are not."""
+    """Number of these stages that are not in the store."""
     seconds: float | None
     """Estimated seconds of the stages to run, one after another: each takes as long as the stored artifact whose parameters
     differ least. None when the store has no artifact of this stage."""
@@ -49,7 +49,7 @@ class SweepCost(TypedDict):
     stages: dict[str, StageCost]
     """Cost by stage name."""
     words: str
-    """The cost as a sentence for people."""
+    """The cost as a sentence."""
 
 
 def of(request: SweepRequest, store: Store, say: trials.Say = lambda line: None) -> SweepCost:
@@ -63,7 +63,7 @@ def of(request: SweepRequest, store: Store, say: trials.Say = lambda line: None)
             planned = Plan.of(request.plan.job_of(unit.shared, seed, unit.strengths))
             new = [stage for stage in planned.stages if stage.key not in stages]
             stages |= {stage.key: stage for stage in new}
-            # An estimate may tokenise the rows, so only stages that no earlier unit has are estimated.
+            # An estimate may tokenise the rows, so stages that an earlier unit already has are not estimated again.
             if new:
                 needs |= capacity.estimates(planned, run.facts_of(planned), plan.status(new, store))
     records = plan.status(list(stages.values()), store)
@@ -73,7 +73,7 @@ def of(request: SweepRequest, store: Store, say: trials.Say = lambda line: None)
         line["distinct"] += 1
         line["cached" if record.status == "cached" else "to_run"] += 1
     for name, line in lines.items():
-        # Cached stages cost nothing, so only the others count in seconds and bytes.
+        # Cached stages cost nothing, so seconds and bytes are those of the other stages.
         left = [record.stage for record in records if record.stage.name == name and record.status != "cached"]
         line["bytes"] = sum(needs[stage.key].disk_bytes for stage in left if stage.key in needs)
         line["seconds"] = _seconds(left, store)
@@ -101,7 +101,7 @@ def _seconds(stages: list[plan.Stage], store: Store) -> float | None:
     name = stages[0].name
     artifacts = []
     for key in store.list(f"artifacts/{name}")[:_MOST_COMPARED]:
-        with suppress(ValueError, StoreError):  # damaged, or being removed by another process: the estimate works without it
+        with suppress(ValueError, StoreError):  # an artifact that is damaged or just being removed is skipped
             artifacts.append(plan.made(store, name, key))
     if not artifacts:
         return None
@@ -109,7 +109,7 @@ def _seconds(stages: list[plan.Stage], store: Store) -> float | None:
     total = 0.0
     for stage in stages:
         own = dict(_flat(stage.params))
-        # Only the number of parameters that differ counts, not by how much; that is enough for a rough estimate.
+        # The distance is the number of differing parameters, regardless of their difference; a rough estimate suffices.
         near, seconds = min(flat, key=lambda entry: _distance(own, entry[0]))
         total += seconds * math.prod(_ratio(own.get(name), near.get(name)) for name in ("train.steps", "train.epochs"))
     return total

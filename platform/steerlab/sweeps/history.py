@@ -39,18 +39,18 @@ class _Line(saved.Shape):
 
 @dataclass
 class Course:
-    """State of a unit, as it follows from the events so far: from pending over running to one of the settled states."""
+    """State of a unit, from the events so far: pending, then running, then one of the settled states."""
 
     unit: Unit
     status: Status = "pending"
     rows: list[TrialRow] = field(default_factory=list)
-    """Its measurements: one row for each trial and seed. Empty until the unit finished."""
+    """Measurements: one row for each trial and seed. Empty until the unit has finished."""
     reason: str = ""
-    """Why it failed or stopped; empty otherwise."""
+    """Why the unit failed or stopped; otherwise empty."""
     reports: list[tuple[int, float]] = field(default_factory=list)
     """(step, value) pairs that the scheduler saw."""
     score: float | None = None
-    """Metric of its best trial, for the searcher. None when no trial has one."""
+    """Metric of the unit's best trial, for the searcher; None if no trial has a value."""
 
     @property
     def settled(self) -> bool:
@@ -76,14 +76,14 @@ class History:
         for number, line in enumerate(store.read_lines(self._path), 1):
             self._read(line, f"{store.where(self._path)} line {number}")
         for course in self.courses.values():
-            # Its process died with the sweep; finished stages are in the store, and a training has checkpoints.
+            # The unit's process died with the sweep. The unit runs again; finished stages and checkpoints are in the store.
             if course.status == "running":
                 course.status = "pending"
 
     def add(self, event: str, **facts: object) -> None:
         """Append an event."""
         line = {"event": event, "time": round(time.time(), 3), **facts}
-        # The file first: if the process dies in between, memory has lost nothing that the file lacks.
+        # The file is written first: if the process dies in between, the event is not lost.
         self._store.append_line(self._path, line)
         self._apply(_Line.model_validate(line))
 
@@ -99,7 +99,7 @@ class History:
 
     def _read(self, tree: object, where: str) -> None:
         """Apply a line of the file. Raises ValueError if it is not an event of a sweep."""
-        # The file may come from somebody else's ROOT, so its content is checked before it is used.
+        # The file may come from another person, so its content is checked before it is used.
         line = saved.checked(tree, _Line, where)
         if line.event == "suggest":
             unit = saved.checked(tree, UnitRecord, where).unit
@@ -118,7 +118,7 @@ class History:
             return
         course = self.courses.get(line.unit)
         if course is None:
-            raise saved.SavedError(f"{self._store.where(self._path)} is damaged: nobody suggested unit {line.unit}")
+            raise saved.SavedError(f"{self._store.where(self._path)} is damaged: unit {line.unit} was never suggested")
         if line.event == "start":
             course.status = "running"
         elif line.event == "report":

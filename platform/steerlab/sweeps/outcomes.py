@@ -1,4 +1,4 @@
-"""Choose the best trial of a sweep by the rules of its space, and compare the space's predictions with what was measured."""
+"""Choose the best trial of a sweep by the rules of its space, and compare the space's predictions with the measurements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from steerlab.sweeps.units import TrialRow
 
 
 class Outcome(TypedDict):
-    """What became of a prediction, in summary.json."""
+    """Result of a prediction, in summary.json."""
 
     metric: str
     over: str
@@ -26,7 +26,7 @@ class Outcome(TypedDict):
     ends: list[float]
     """The two compared values of `over`."""
     values: list[float | None]
-    """The metric at both, in the mean over seeds. None when a trial has no value."""
+    """The metric at both values, as a mean over seeds. None if a trial has no value."""
     difference: float | None
     """The second value minus the first; None when one of the two trials is missing."""
     low: float | None
@@ -39,7 +39,7 @@ class Outcome(TypedDict):
 
 
 def keeps(trial: results.Scored, bound: Bound) -> bool:
-    """Return whether a trial keeps a bound, in the mean over its seeds; a trial without the metric does not."""
+    """Return whether a trial's mean over seeds satisfies a bound; a trial without the metric does not."""
     value = _mean(trial.rows, bound.metric)
     if value is None:
         return False
@@ -47,12 +47,12 @@ def keeps(trial: results.Scored, bound: Bound) -> bool:
 
 
 def keeps_all(plan: SweepPlan, trial: results.Scored) -> bool:
-    """Return whether a trial keeps all bounds of the space."""
+    """Return whether a trial satisfies all bounds of the space."""
     return all(keeps(trial, bound) for bound in plan.bounds)
 
 
 def candidates(trials: Sequence[results.Scored], plan: SweepPlan) -> list[results.Scored]:
-    """Return the trials that may be called the best: no controls, and those that keep every bound."""
+    """Return the trials that may be the best: those that are not controls and satisfy every bound."""
     controls = plan.space.controls
     return [trial for trial in trials if not is_control(trial.params, controls) and keeps_all(plan, trial)]
 
@@ -64,10 +64,10 @@ def chosen(
     plan: SweepPlan,
     store: Store,
 ) -> tuple[results.Scored, list[str] | None]:
-    """Return the trial to take from a complete sweep, and the ids of those that the data cannot tell from it.
+    """Return the trial to choose in a complete sweep, and the ids of those that cannot be distinguished from it.
 
-    The trial with the best value is taken, unless PRICES say which of the trials that cannot be told from it costs least. The
-    order of trials by a noisy metric is partly chance; a price then decides better than the third digit.
+    The trial with the best value is chosen, unless PRICES are given: then the cheapest of the trials that cannot be
+    distinguished from it. The order of trials by a noisy metric is partly chance; a price then decides better.
 
     Args:
         top: the trial with the best value.
@@ -79,11 +79,11 @@ def chosen(
     close = differences.indistinguishable(trials, top, plan.metric, store)
     if not plan.prices or close is None:
         return top, close
-    # The bound of the job's `choose` is in the rows, as `results.best_of` reads it.
+    # The bound of the job's `choose` is already in the rows, as in `results.best_of`.
     kept = [trial for trial in allowed if all(row.get("within", True) for row in trial.rows)]
     equal = [top, *(trial for trial in kept if trial.trial_id in close)]
     best = min(equal, key=lambda trial: [_price_of(trial, price) for price in plan.prices])
-    # A trial that cannot be told from the best value may differ from the one that is chosen.
+    # A trial that cannot be distinguished from `top` may differ from the chosen one.
     return best, close if best is top else differences.indistinguishable(trials, best, plan.metric, store)
 
 
@@ -95,7 +95,7 @@ def _price_of(trial: results.Scored, price: Price) -> float:
 
 
 def outcomes(predictions: Sequence[Prediction], rows: Sequence[TrialRow], store: Store) -> list[Outcome]:
-    """Compare what was predicted with what was measured."""
+    """Compare each prediction with the measurements."""
     return [_outcome(prediction, rows, store) for prediction in predictions]
 
 
@@ -108,7 +108,7 @@ def _outcome(prediction: Prediction, rows: Sequence[TrialRow], store: Store) -> 
             by_value.setdefault(float(value), {})[_setting(row, prediction.over)] = row
     ends = list(prediction.between or ((min(by_value), max(by_value)) if len(by_value) > 1 else ()))
     first, last = (by_value.get(end, {}) for end in ends) if len(ends) == 2 else ({}, {})
-    # Where several settings or seeds are meant, each is compared with itself, and one that lacks an end does not count.
+    # Rows are paired by setting and seed; a setting or seed that lacks one of the two ends is skipped.
     pairs = [(row, first[setting]) for setting, row in last.items() if setting in first]
     pairs = [pair for pair in pairs if all(results.number_of(row, f"metric.{prediction.metric}") is not None for row in pair)]
     difference = differences.difference(pairs, prediction.metric, store)
@@ -128,7 +128,7 @@ def _outcome(prediction: Prediction, rows: Sequence[TrialRow], store: Store) -> 
 
 
 def _setting(row: TrialRow, over: str) -> str:
-    """Return the seed and all parameters of a row but one, as a text."""
+    """Return the seed and all parameters of a row except `over`, as a text."""
     parts = {name: value for name, value in row.items() if name.startswith("param.") and name != f"param.{over}"}
     return json.dumps([row.get("seed"), parts], sort_keys=True)
 

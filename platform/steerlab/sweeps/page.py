@@ -24,19 +24,19 @@ def begin(sweep_plan: SweepPlan, store: Store, folder: str) -> str | None:
     """
     if sweep_plan.job.track.wandb is None:
         return None
-    # W&B's client writes local files, so with ROOT in an object store they lie in the user's cache folder.
+    # W&B's client writes local files, which are in the user's cache folder if ROOT is an object store.
     directory = store.on_disk(folder) if store.is_local else Path.home() / ".cache/steerlab/wandb" / folder.rpartition("/")[2]
     try:
         config = sweep_config(sweep_plan.job.name, _apart(sweep_plan.space.entries), sweep_plan.metric, sweep_plan.mode)
     except ValueError as error:
         # W&B cannot describe a function of the space. Its page works without the list of parameters, only with fewer plots.
-        warnings.warn(f"{error}: the sweep's page in W&B names no such parameter", stacklevel=2)
+        warnings.warn(f"{error}: the sweep's page in W&B does not list the parameters", stacklevel=2)
         config = sweep_config(sweep_plan.job.name, {}, sweep_plan.metric, sweep_plan.mode)
     return sweep_page.begin(sweep_plan.job.track, config, directory)
 
 
 def _apart(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Split entries that set several fields into one entry for each field, as trials report one parameter for each."""
+    """Split entries that set several fields into one entry for each field, as trials report each field separately."""
     single: dict[str, Entry] = {}
     for entry, value in entries.items():
         keys, values = [key.strip() for key in entry.split(",")], finite(value)
@@ -44,7 +44,7 @@ def _apart(entries: Mapping[str, Entry]) -> dict[str, Entry]:
             single[entry] = value
             continue
         for number, key in enumerate(keys):
-            # By repr, because a value may be a list, which no set can hold.
+            # Values are compared by repr, because lists cannot be members of a set.
             distinct = {repr(choice[number]): choice[number] for choice in values if isinstance(choice, list)}
             single[key] = {"grid_search": list(distinct.values())}
     return single
@@ -61,14 +61,14 @@ def place_of(unit: Unit, job: Job, seed: int, *, sweep: str, page: str | None, w
         page: id of the sweep's page in W&B; None when it has none.
         wandb_run: id of the run that W&B handed out; None when W&B does not choose the points.
     """
-    # W&B hands out one run for each suggestion, so the other seeds of a unit get runs of their own.
+    # W&B hands out one run for each suggestion, so the other seeds of a unit get new runs.
     first = seed == unit.seeds[0]
     return Place(
         group=sweep,
         sweep_id=page,
         job_type="trial",
         tags=(job.name,),
-        # The strength is not among them: each has a run of its own, whose config says which.
+        # The strength is not one of them: each strength has its own run, whose config contains it.
         parameters=tuple(unit.shared.items()),
         run_id=wandb_run if first else None,
         label=_label(unit, seed),
@@ -77,8 +77,8 @@ def place_of(unit: Unit, job: Job, seed: int, *, sweep: str, page: str | None, w
 
 
 def _label(unit: Unit, seed: int) -> str:
-    """Return what sets a unit's run apart from others of the sweep, in few words: `angle_rad=1.57 seed=0`."""
-    # The last part of a path, unless two paths end in the same one.
+    """Return a short label that distinguishes a unit's run from others of the sweep: `angle_rad=1.57 seed=0`."""
+    # A path is shortened to its last part, unless two paths end in the same one.
     ends = [path.rpartition(".")[2] for path in unit.shared]
     short = {path: end if ends.count(end) == 1 else path for path, end in zip(unit.shared, ends, strict=True)}
     said = [f"{short[path]}={_short(value)}" for path, value in unit.shared.items() if path != "train.seed"]

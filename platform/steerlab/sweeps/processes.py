@@ -3,11 +3,11 @@
 Ray Tune reuses processes (`reuse_actors`), but it drops all idle ones except one, and a trial whose process is still starting
 takes over an idle process and kills its own in the middle of its imports. With trials that are shorter than the imports
 (seconds), that starts and kills one process for each trial, which costs hundreds of megabytes and a core each. Here all idle
-processes are kept; a sweep never has more processes than trials that run at the same time.
+processes are retained; a sweep never has more processes than trials that run at the same time.
 
 Two kinds of process do not notice that their trial was stopped, and are killed instead of kept: one that W&B stopped and that
 did not stop within `stops.GRACE_S` (Ray Tune would wait for its next report), and one whose training runs in separate workers,
-which continue after the trial. Reused, such a process would still be busy, and the next trial would fail.
+which continue after the trial. If such a process were reused, it would still be busy, and the next trial would fail.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _KeepAll(_ObjectCache):
         return True
 
     def flush_cached_objects(self, force_all: bool = False) -> Generator[object, None, None]:
-        # Without `force_all`, Ray Tune asks to drop what is beyond its limit; with it, the experiment has ended.
+        # Without `force_all`, Ray Tune wants to drop the idle processes beyond its limit; with it, the experiment has ended.
         if force_all:
             yield from super().flush_cached_objects(force_all=True)
 
@@ -44,12 +44,12 @@ class _Controller(_TuneController):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        # Replaces the cache that the base class has just made, before any process exists.
+        # This replaces the cache that the base class has just made, before any process exists.
         self._actor_cache = _KeepAll()
 
     def on_step_begin(self) -> None:
         super().on_step_begin()
-        # In the loop's own step, because Ray Tune's data structures may change only there.
+        # Trials are stopped in the loop's own step, because Ray Tune's data structures may change only there.
         for trial in [trial for trial in self._running_trials if trial.trial_id in _to_end]:
             self.stop_trial(trial)
 
@@ -57,7 +57,7 @@ class _Controller(_TuneController):
         return not _is_deaf(trial) and super()._maybe_cache_trial_actor(trial)
 
     def _schedule_trial_stop(self, trial: Trial, exception: Exception | None = None) -> None:
-        # Looked up first: the base class removes the entry.
+        # The process is looked up first, since the base class removes the entry.
         process = self._trial_to_actor.get(trial)
         super()._schedule_trial_stop(trial, exception)
         if process is not None and _is_deaf(trial) and self._actor_manager.is_actor_started(process):
@@ -71,15 +71,15 @@ class _Controller(_TuneController):
 
 
 def _is_deaf(trial: Trial) -> bool:
-    """Say whether the process of a trial that ends is still busy and will not notice the end."""
-    # The outcome is a unit's last report: after it, the process is idle. A warm process trains in itself, so Ray Tune ends the
-    # training at its next report.
+    """Return whether the process of an ending trial is still busy and will not notice the end."""
+    # The outcome is a unit's last report: after it, the process is idle. A warm process runs the training itself, so Ray Tune
+    # ends the training at its next report.
     is_over = "outcome" in (trial.last_result or {})
     return trial.trial_id in _to_end or not (is_over or trial.config["warm"])
 
 
 def keep() -> None:
-    """Make the sweeps of this Python process keep the processes of their trials; Ray Tune has no setting for that."""
+    """Make the sweeps of this Python process retain the processes of their trials; Ray Tune has no setting for that."""
     _put(_Controller)
 
 

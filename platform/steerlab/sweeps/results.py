@@ -1,4 +1,4 @@
-"""Results of a sweep: its table, its best trial, and the trials that the data cannot tell from the best one.
+"""Results of a sweep: its table, its best trial, and its rows as a Parquet file.
 
 trials.parquet   one row for each trial and seed
 summary.json     the best trial
@@ -68,14 +68,14 @@ class Best(TypedDict):
 
 
 def number_of(row: TrialRow, name: str) -> float | None:
-    """Return a number of a row; None where the row has no value of this name.
+    """Return a number of a row; None if the row has no value of this name.
 
     Raises:
-        SavedError: the value is not a number (the history may come from somebody else).
+        SavedError: the value is not a number (the history may come from another person).
     """
     value = row.get(name)
     if not (value is None or isinstance(value, int | float)):
-        raise saved.SavedError(f"a row of the sweep's history is damaged: {name:.120} is {value!r:.80}, which is no number")
+        raise saved.SavedError(f"a row of the sweep's history is damaged: {name:.120} is {value!r:.80}, which is not a number")
     return value
 
 
@@ -83,7 +83,7 @@ def metric_of(row: TrialRow, metric: str) -> float:
     """Return a metric of a finished trial. Raises SavedError if its row lacks the metric."""
     value = number_of(row, f"metric.{metric}")
     if value is None:
-        raise saved.SavedError(f"a row of the sweep's history is damaged: it is finished and has no {metric}")
+        raise saved.SavedError(f"a row of the sweep's history is damaged: it is finished but has no {metric}")
     return value
 
 
@@ -91,7 +91,7 @@ def text_of(row: TrialRow, name: str) -> str:
     """Return a string of a row. Raises SavedError if the value is missing or not a string."""
     value = row.get(name)
     if not isinstance(value, str):
-        raise saved.SavedError(f"a row of the sweep's history is damaged: {name:.120} is {value!r:.80}, which is no text")
+        raise saved.SavedError(f"a row of the sweep's history is damaged: {name:.120} is {value!r:.80}, which is not a text")
     return value
 
 
@@ -116,7 +116,7 @@ def write_table(store: Store, path: str, rows: Sequence[TrialRow]) -> None:
     # Trials may have different columns (stages, metrics of failed trials), so the table has the union.
     names = sorted({name for row in rows for name in row}, key=_order)
     columns = {name: _column([row.get(name) for row in rows]) for name in names}
-    # Through memory: ROOT may be an object store, and the store writes a file whole or not at all.
+    # The file is built in memory, since ROOT may be an object store, and the store writes it atomically.
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, compression="zstd")
     store.write_bytes(path, sink.getvalue().to_pybytes())
@@ -139,8 +139,8 @@ def _column(values: list[Json]) -> pa.Array:
 
 
 def scored(rows: Sequence[TrialRow], metric: str) -> list[Scored]:
-    """Return the trials of which every seed finished, in the order of the rows."""
-    # A trial of which a seed is missing has no mean that could be compared with those of other trials.
+    """Return the trials whose seeds all finished, in the order of the rows."""
+    # The mean of a trial with a missing seed could not be compared with those of other trials.
     groups: dict[str, list[TrialRow]] = {}
     for row in rows:
         groups.setdefault(text_of(row, "trial_id"), []).append(row)
@@ -151,7 +151,7 @@ def _scored(trial_id: str, rows: list[TrialRow], metric: str) -> Scored:
     if len(rows) == 1:
         low, high, stderr = (number_of(rows[0], f"{part}.{metric}") for part in ("low", "high", "stderr"))
         return Scored(trial_id, metric_of(rows[0], metric), low, high, stderr, rows)
-    # Several seeds: the spread between seeds is the uncertainty; the intervals over items ignore it.
+    # With several seeds, the uncertainty is the spread between seeds, which the intervals over items ignore.
     values = np.array([metric_of(row, metric) for row in rows])
     mean, error = float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
     low, high = intervals.student(mean, error, len(values)) or (None, None)
@@ -159,7 +159,7 @@ def _scored(trial_id: str, rows: list[TrialRow], metric: str) -> Scored:
 
 
 def best_of(trials: Sequence[Scored], mode: str) -> Scored | None:
-    """Return the best trial of those that keep the bound of `choose`; None when no trial does.
+    """Return the best trial of those that satisfy the bound of `choose`; None if no trial does.
 
     Among equally good trials, the one with the weakest patch wins, then the first one.
     """
@@ -213,7 +213,7 @@ def over_seeds(metrics: Sequence[MetricNumbers]) -> MetricNumbers:
 
 
 def seconds_of(rows: Sequence[TrialRow]) -> dict[str, float]:
-    """Return the seconds that each stage ran for, summed over runs; cached stages do not count."""
+    """Return the seconds of each stage, summed over runs; cached stages do not count."""
     # The trials of a unit are several strengths of one run, so a run occurs in several rows.
     runs = {text_of(row, "run"): row for row in rows if "run" in row}
     seconds: dict[str, float] = {}

@@ -1,6 +1,6 @@
 """Give units to Ray Tune: first the pending units of the history, then those that a searcher suggests.
 
-A sweep can resume after any crash because its state is the history alone: Optuna's study is rebuilt from the settled units for
+A sweep can resume after any crash because the history is its whole state: Optuna's study is rebuilt from the settled units for
 each suggestion, and the random state of suggestion n depends only on (seed, n). Ray Tune's own experiment state is never read.
 """
 
@@ -37,7 +37,7 @@ class Suggests(Protocol):
         ...
 
     def next(self, history: History) -> Unit | None:
-        """Return the next unit; None when there is none now."""
+        """Return the next unit; None if none is available now."""
         ...
 
 
@@ -59,9 +59,9 @@ class Feed(Searcher):
         """Unit by Ray Tune's id of the trial."""
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the configuration of the next trial; None when there is none now; FINISHED when none will come."""
+        """Return the configuration of the next trial; None if none is available now; FINISHED if no more will come."""
         if self._pending:
-            # Pending units first: after a restart they are the ones that were running.
+            # Pending units come first: after a restart, these are the units that were running.
             unit = self._pending.pop(0)
         elif self._suggester is not None and (suggested := self._suggester.next(self._history)) is not None:
             unit = suggested
@@ -72,7 +72,7 @@ class Feed(Searcher):
         return self._request(unit)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, object] | None = None, error: bool = False) -> None:
-        """Do nothing: the callback (`Clerk`) has written the result into the history, from which the suggester learns."""
+        """Do nothing: the callback (`Clerk`) has written the result into the history, from which the suggester takes it."""
 
     def __getstate__(self) -> dict[str, object]:
         """Return nothing to pickle: Ray Tune's experiment state is never read."""
@@ -100,7 +100,7 @@ class Suggester:
             num_trials: largest number of units.
         """
         assert space.search_alg is not None
-        # A strength with a list of values is left out: one unit evaluates all of them at the cost of one training.
+        # A strength with a list of values is not searched: one unit evaluates all of them at the cost of one training.
         self._space, self._strengths, self._seeds, self._num_trials = space, strengths, seeds, num_trials
         entries = {k: _as_domain(v) for k, v in space.entries.items() if not (k == STRENGTH and finite(v) is not None)}
         # Optuna takes no constants, so they are added to each of its points (`_point`).
@@ -116,35 +116,35 @@ class Suggester:
         return False
 
     def next(self, history: History) -> Unit | None:
-        """Return the next unit; None when there are enough, or when 20 attempts gave only points that already ran."""
+        """Return the next unit; None if the sweep has enough units, or if 20 attempts gave only points that already ran."""
         earlier_ids = {trial.trial_id for course in history.courses.values() for trial in course.unit.trials}
         number = len(history.courses) + 1
-        # Counted in the history, so that a resumed sweep ends at the same number.
+        # Units are counted in the history, so that a resumed sweep ends at the same number.
         if number > self._num_trials:
             return None
         study = self._study(history)
         for attempt in range(20):
-            # Seeded by the number of the unit: after a restart, suggestion n is the same as without one. A new attempt needs
-            # another seed, else the sampler would repeat the point. 100_003 is a prime that keeps (seed, n) pairs apart.
+            # The seed depends on the number of the unit: after a restart, suggestion n is the same. A new attempt needs
+            # another seed, otherwise the sampler would repeat the point. The prime 100_003 separates pairs (seed, n).
             study.sampler = self._own_sampler or optuna.samplers.TPESampler(seed=(self._seed * 100_003 + number) * 31 + attempt)
             optuna_trial = study.ask(self._distributions)
             point = self._point(optuna_trial.params)
             trials = [Trial(trial_id(p), p) for p in with_strengths(point, self._strengths)]
             if not any(trial.trial_id in earlier_ids for trial in trials):
                 return Unit(number, tuple(trials), self._seeds)
-            # Closed as failed, so that the sampler of the next attempt ignores it.
+            # The Optuna trial is closed as failed, so that the sampler of the next attempt ignores it.
             study.tell(optuna_trial, state=optuna.trial.TrialState.FAIL)
         return None  # every point of a small space has run
 
     def _study(self, history: History) -> optuna.Study:
         """Return a study with the units settled so far, in the order in which they settled."""
-        # Rebuilt for each suggestion, so that nothing but the history has to survive a crash.
+        # The study is rebuilt for each suggestion, so that only the history has to survive a crash.
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(direction=self._direction)
         for number in history.settled:
             course = history.courses[number]
             params = self._params(course.unit.shared | _lone_strength(course.unit, self._distributions))
-            # Failed, pruned and stopped units have no score; as failed trials they keep their number, and TPE ignores them.
+            # Failed, pruned and stopped units have no score; as failed trials they retain their number, and TPE ignores them.
             has_value = course.status == "finished" and course.score is not None
             study.add_trial(
                 optuna.trial.create_trial(
@@ -203,7 +203,7 @@ def drawn_points(space: Space, strengths: tuple[float, ...], num_samples: int, s
 
 
 def replay(scheduler: TrialScheduler, history: History) -> None:
-    """Show a scheduler the reports of settled units again, so that it continues with the state from before a restart."""
+    """Replay the reports of settled units to a scheduler, so that it continues with its state from before a restart."""
     for course in history.courses.values():
         if course.settled and course.reports:
             _show(scheduler, course)
@@ -212,7 +212,7 @@ def replay(scheduler: TrialScheduler, history: History) -> None:
 def _show(scheduler: TrialScheduler, course: Course) -> None:
     time_attr, metric = private_parts.time_attribute(scheduler), private_parts.metric_of(scheduler)
     controller: Any = None
-    stand_in: Any = SimpleNamespace(trial_id=course.unit.name)  # all that these schedulers read of a trial
+    stand_in: Any = SimpleNamespace(trial_id=course.unit.name)  # these schedulers use only the trial's id
     scheduler.on_trial_add(controller, stand_in)
     for step, value in course.reports:
         scheduler.on_trial_result(controller, stand_in, {time_attr: step, metric: value})

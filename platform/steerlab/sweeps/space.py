@@ -7,8 +7,8 @@
     DEVELOPMENT  optional: tasks, as in a job's `evaluate`, whose metrics choose the best trial
     WITHIN, PRICES, CONTROLS, PREDICTIONS    optional: see space_rules.py
 
-A key is the path of a field of the job; nested dicts, {"train": {"lr": ...}}, set the fields that they name and leave the
-others. The key `strength` sets the strength of the patch in every task. An entry may set several fields together:
+A key is the path of a field of the job; nested dicts, {"train": {"lr": ...}}, set the named fields and leave the
+others unchanged. The key `strength` sets the strength of the patch in every task. An entry may set several fields together:
 {"method.name, method.pooling": tune.grid_search([("aura", "max"), ("caa", "mean")])}. The file may import modules from its
 own folder.
 """
@@ -44,7 +44,7 @@ Point: TypeAlias = JsonObject
 
 @dataclass(frozen=True)
 class Space:
-    """The content of a search space file; names that the file leaves out are None or empty."""
+    """The content of a search space file; names that the file does not define are None or empty."""
 
     path: Path
     entries: dict[str, Entry]
@@ -55,11 +55,11 @@ class Space:
     scheduler: TrialScheduler | None = None
     development: tuple[JsonObject, ...] = ()
     within: Mapping[str, float] = field(default_factory=dict)
-    """Metric -> the value that the best trial has to keep."""
+    """Metric -> bound that the best trial must satisfy."""
     prices: tuple[str, ...] = ()
-    """Metrics that decide between trials that cannot be told from the best one."""
+    """Metrics that decide between trials that cannot be distinguished from the best one."""
     controls: tuple[Mapping[str, Json], ...] = ()
-    """Values of trials that are controls and never the best."""
+    """Values of trials that are controls and so never the best."""
     predictions: tuple[space_rules.Prediction, ...] = ()
 
     @property
@@ -79,10 +79,10 @@ class Space:
                 for key, field_value in self.spread(entry, value).items():
                     known = values.setdefault(key, [])
                     own = plain(field_value, key)
-                    # Several values may repeat: a field that is set with others often has the same one twice.
+                    # Values may repeat: a field that is set together with others often has the same value twice.
                     if known is not None and own not in known:
                         known.append(own)
-        # Without an entry, the strengths of the job's `choose` are an axis.
+        # Without an entry for it, the strengths come from the job's `choose`.
         return {STRENGTH: None, **values}
 
     def check(self, point: Point, where: str) -> None:
@@ -91,7 +91,7 @@ class Space:
         Raises:
             JobError: a value other than a number or None is not in the space; the message begins with `where`.
         """
-        # A string may name a file of code, which the job would run. Numbers are harmless, and the job checks them: somebody
+        # A string may name a file of code, which the job would run. Numbers are harmless, and the job checks them: a user
         # may have changed their ranges on W&B's page.
         allowed: dict[str, list[Json]] = {}
         for entry, domain in self.entries.items():
@@ -101,7 +101,7 @@ class Space:
         for key, value in point.items():
             allowed_values = [plain(field_value, key) for field_value in allowed.get(key, ())]
             if not (value is None or isinstance(value, int | float) or value in allowed_values):
-                raise JobError(f"{where}: {key} = {cut(repr(value))} is none of the values of {self.path}: SPACE")
+                raise JobError(f"{where}: {key} = {cut(repr(value))} is not a value of {self.path}: SPACE")
 
     def described(self) -> JsonObject:
         """Return a description of the space in JSON types, for space.json."""
@@ -131,7 +131,7 @@ class Space:
 
 
 def strength_of(point: Point) -> float | None:
-    """Return the strength that a point sets; None when the point sets none, so that the job's own strengths apply.
+    """Return the strength that a point sets; None if the point sets none; then the job's own strengths apply.
 
     Raises:
         JobError: the strength is not a number (the point was read from a file).
@@ -196,10 +196,10 @@ def _tasks(development: object) -> tuple[JsonObject, ...]:
 
 
 def _run(path: Path) -> ModuleType:
-    """Run the file of a space and return it as a module; it may import modules of its own folder."""
+    """Run the file of a space and return it as a module; it may import modules from its own folder."""
     if not path.is_file():
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.py")], n=1, cutoff=0.3)
-        raise JobError(f"{path}: no such search space" + (f"; did you mean {near[0]}?" if near else ""))
+        raise JobError(f"{path}: this search space does not exist" + (f"; did you mean {near[0]}?" if near else ""))
     folder = path.parent.absolute()
     try:
         with _neighbours(folder):
@@ -216,7 +216,7 @@ def _run(path: Path) -> ModuleType:
 @contextmanager
 def _neighbours(folder: Path) -> Iterator[None]:
     """Let a search space file import modules from its own folder, as a script can."""
-    # The modules are forgotten afterwards: a space of another folder may import a different module of the same name.
+    # The modules are removed afterwards, since a space in another folder may import a different module of the same name.
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:
@@ -233,19 +233,17 @@ def _check(space: Space) -> None:
     """Refuse searchers and schedulers whose state cannot be rebuilt from the history, and entries that Optuna cannot search."""
     if space.search_alg is not None:
         if not isinstance(space.search_alg, OptunaSearch):
-            raise JobError(
-                f"{space.path}: SEARCH_ALG is {type(space.search_alg).__name__}; known: OptunaSearch, or none at all"
-            )
+            raise JobError(f"{space.path}: SEARCH_ALG is {type(space.search_alg).__name__}; only OptunaSearch is supported")
         for entry, value in space.entries.items():
             if entry != STRENGTH and is_grid(value):
                 raise JobError(
-                    f"{space.path}: SPACE[{entry!r}]: Optuna searches no grid; use tune.choice instead of grid_search"
+                    f"{space.path}: SPACE[{entry!r}]: Optuna cannot search a grid; use tune.choice instead of grid_search"
                 )
             if isinstance(value, Function):
-                raise JobError(f"{space.path}: SPACE[{entry!r}]: Optuna searches no function (tune.sample_from)")
-            # A constant dict is not searched, so it may stay.
+                raise JobError(f"{space.path}: SPACE[{entry!r}]: Optuna cannot search a function (tune.sample_from)")
+            # A constant dict is not searched, so it is allowed.
             if any(isinstance(choice, dict) for choice in finite(value) or () if value != choice):
-                raise JobError(f"{space.path}: SPACE[{entry!r}]: Optuna searches no dicts; give each field an entry of its own")
+                raise JobError(f"{space.path}: SPACE[{entry!r}]: Optuna cannot search dicts; give each field its own entry")
     if space.scheduler is None:
         return
     if not isinstance(space.scheduler, _SCHEDULERS):
@@ -253,20 +251,20 @@ def _check(space: Space) -> None:
         raise JobError(f"{space.path}: SCHEDULER {type(space.scheduler).__name__} is not known; known: ASHAScheduler, {names}")
     time_attr = private_parts.time_attribute(space.scheduler)
     if time_attr != "step":
-        # Ray Tune's own `training_iteration` counts reports, and starts at 1 again in a process that resumes a training.
-        raise JobError(f"{space.path}: SCHEDULER has time_attr {time_attr!r}; it must be 'step', which no restart resets")
+        # Ray Tune's own `training_iteration` counts reports, which starts at 1 again in a process that resumes a training.
+        raise JobError(f"{space.path}: SCHEDULER has time_attr {time_attr!r}; it must be 'step', which restarts do not reset")
 
 
 def draw(space: Space, entries: Mapping[str, Entry], num_samples: int, seed: int) -> Iterator[Point]:
     """Yield the points of Ray Tune's grid and random search: the product of all grids, `num_samples` times.
 
     Raises:
-        JobError: a function of the space fails, or returns a value that no setting can hold.
+        JobError: a function of the space fails, or returns a value that a setting cannot hold.
     """
     import numpy as np
     from ray.tune.search.variant_generator import generate_variants
 
-    # Ray Tune takes NumPy's legacy generator. One state for all samples: a sweep with more samples begins with the same.
+    # Ray Tune takes NumPy's legacy generator. All samples share one state, so more samples begin with the same points.
     random_state = np.random.RandomState(seed)
     for _ in range(num_samples):
         variants = iter(generate_variants({"config": dict(entries)}, random_state=random_state))
@@ -284,7 +282,7 @@ def _next(variants: Iterator[tuple[dict[str, object], dict[str, dict[str, object
     except StopIteration:
         return None
     except Exception as error:  # a function of the space may raise anything
-        # Ray Tune raises an error of its own that names the entry; the function's error is its context.
+        # Ray Tune raises its own error, which names the entry; the function's error is the context of that.
         cause = error.__context__ or error
         raise JobError(
             f"{space.path}: SPACE cannot be drawn: {type(cause).__name__}: {str(cause)[:300]}; functions of tune.sample_from "

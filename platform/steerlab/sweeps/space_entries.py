@@ -32,14 +32,14 @@ def entries(space: Mapping[object, object]) -> dict[str, Entry]:
     """Return the entries of a SPACE by their full keys ("train.lr"), with values of JSON types.
 
     Raises:
-        JobError: a key is not a string, two entries set the same field, or a value has a type that no job field can hold.
+        JobError: a key is not a string, two entries set the same field, or a value has a type that a job field cannot hold.
     """
     by_key: dict[str, Entry] = {}
     for key, entry in _flat(space, ""):
         if key in by_key:
-            raise JobError(f"SPACE[{key!r}] is there twice, once nested and once by its whole key")
+            raise JobError(f"SPACE[{key!r}] is given twice, once nested and once by its whole key")
         by_key[key] = _entry(key, entry)
-    # An entry may set several fields ("method.name, method.pooling"), and a whole section ("method") sets all below it.
+    # An entry may set several fields ("method.name, method.pooling"); a whole section ("method") sets all fields below it.
     single = [(field.strip(), key) for key in by_key for field in key.split(",")]
     for name, key in single:
         for other, other_key in single:
@@ -55,7 +55,7 @@ def _flat(node: Mapping[object, object], prefix: str) -> Iterator[tuple[str, obj
                 f"SPACE[{key!r}]: a key is the path of a field, 'train.lr', or of several, 'method.name, method.pooling'"
             )
         whole = ", ".join(f"{prefix}{part.strip()}" for part in key.split(",")) if prefix else key
-        # {"train": {"lr": 1e-3}} changes one field of the section and leaves the others, whereas {"method.steer": {...}}
+        # {"train": {"lr": 1e-3}} changes one field of the section only, whereas {"method.steer": {...}}
         # replaces the whole value of that field, unless a domain somewhere in it shows that it is a nested space.
         is_section = not prefix and "." not in key
         if isinstance(entry, Mapping) and not is_grid(entry) and entry and (is_section or _holds_domain(entry)):
@@ -67,7 +67,7 @@ def _flat(node: Mapping[object, object], prefix: str) -> Iterator[tuple[str, obj
 
 
 def _holds_domain(value: object) -> bool:
-    # A plain function counts as a domain, so that `_entry` is reached and can say to write `tune.sample_from`.
+    # A plain function counts as a domain, so that `_entry` is reached, whose message advises `tune.sample_from`.
     if isinstance(value, Domain) or is_grid(value) or callable(value):
         return True
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -97,8 +97,8 @@ def _values(key: str, values: object) -> list[Json]:
         raise JobError(f"SPACE[{key!r}] has no values")
     if any(_holds_domain(value) for value in listed):
         raise JobError(
-            f"SPACE[{key!r}]: one of its values is a domain itself, which is not searched here: give each field an entry of "
-            "its own, or compute one from the others with tune.sample_from"
+            f"SPACE[{key!r}]: one of its values is a domain itself, which is not supported: give each field its own "
+            "entry, or compute one from the others with tune.sample_from"
         )
     return [plain(value, f"SPACE[{key!r}]") for value in listed]
 
@@ -109,14 +109,14 @@ def plain(value: dict[object, object], where: str) -> JsonObject: ...
 def plain(value: object, where: str) -> Json: ...
 def plain(value: object, where: str) -> Json:
     """Convert a value to JSON types. Raises JobError, with a message that begins with `where`, if that is impossible."""
-    # NumPy first: numpy.float64 is a subclass of float, but numpy.bool_ is not one of bool.
+    # NumPy comes first: numpy.float64 is a subclass of float, but numpy.bool_ is not a subclass of bool.
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
-    # bool before int, of which it is a subclass: True must not become 1.
+    # bool comes before int, of which it is a subclass: True must not become 1.
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, float) and not math.isfinite(value):
-        raise JobError(f"{where}: {value} is not a finite number, so no setting can hold it")
+        raise JobError(f"{where}: {value} is not a finite number, so a setting cannot hold it")
     # An instance of a subclass (IntEnum, StrEnum, numpy.str_) becomes its plain value, which YAML can write.
     if isinstance(value, int):
         return int.__int__(value)
@@ -130,11 +130,11 @@ def plain(value: object, where: str) -> Json:
         return {str(key): plain(item, where) for key, item in value.items()}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    raise JobError(f"{where}: no setting can hold a value of type {type(value).__name__}: {cut(repr(value))}")
+    raise JobError(f"{where}: a setting cannot hold a value of type {type(value).__name__}: {cut(repr(value))}")
 
 
 def is_grid(entry: object) -> TypeGuard[Grid]:
-    """Say whether an entry is a grid_search."""
+    """Return whether an entry is a grid_search."""
     return isinstance(entry, Mapping) and set(entry) == {"grid_search"}
 
 

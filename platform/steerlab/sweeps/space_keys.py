@@ -1,4 +1,4 @@
-"""Refuse keys of a search space that no job has, with the path that was probably meant."""
+"""Refuse unknown keys of a search space, with the path that was probably meant."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def _paths(node: object, prefix: str) -> Iterator[str]:
 
 
 def _nearest_path(key: str, paths: Iterable[str]) -> str | None:
-    """Return the path that ends most like `key`: people leave out the beginning of a path, as in `share` or `steer.layers`."""
+    """Return the path that ends most like `key`: users often omit the beginning, as in `steer.layers`."""
     ends: dict[str, str] = {}
-    for path in sorted(paths, key=lambda path: path.count(".")):  # of equal ends, the least nested one
+    for path in sorted(paths, key=lambda path: path.count(".")):  # among equal ends, the least nested one
         parts = path.split(".")
         for number in range(len(parts)):
             ends.setdefault(".".join(parts[number:]), path)

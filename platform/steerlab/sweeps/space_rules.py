@@ -1,10 +1,10 @@
-"""What a search space says about its result: bounds that the best trial keeps, prices that break ties, and predictions.
+"""Rules of a search space about its result: bounds for the best trial, prices that break ties, and predictions.
 
-WITHIN       {"separation/utility": 0.9}: the best trial has at least 0.9 of a metric whose task says that more is better,
-             and at most this much of one whose task says that less is
-PRICES       ("perplexity/value",): of the trials that the data cannot tell from the best one, the cheapest is chosen
+WITHIN       {"separation/utility": 0.9}: the best trial has at least 0.9 of this metric or, if lower values of the metric are
+             better, at most 0.9
+PRICES       ("perplexity/value",): the cheapest of the trials that cannot be distinguished from the best one is chosen
 PREDICTIONS  [{"metric": "math/solved", "over": "method.keep_ratio", "expected": "falls", "because": "..."}]: what theory
-             says before the sweep runs; the summary and the page say whether it held
+             predicts before the sweep runs; the summary and the page state whether it held
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Expected = Literal["rises", "falls", "flat"]
 
 @dataclass(frozen=True)
 class Bound:
-    """A value of a metric that the best trial has to keep."""
+    """A bound on a metric that the best trial must satisfy."""
 
     metric: str
     value: float
@@ -41,7 +41,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Price:
-    """A metric by which trials are compared that are equally good."""
+    """A metric by which equally good trials are compared."""
 
     metric: str
     better: Better
@@ -51,13 +51,13 @@ class Prediction(Frozen):
     """A statement about a metric that was made before the sweep ran."""
 
     metric: str
-    """Metric that is predicted, `label/name`."""
+    """The predicted metric, `label/name`."""
     over: str
     """Field of the space whose smallest and largest value are compared."""
     expected: Expected
-    """rises or falls: from the smallest value to the largest; flat: no difference, as of a control."""
+    """rises or falls: from the smallest value to the largest; flat: no difference, for example for a control."""
     where: dict[str, Json] = {}
-    """Values of other fields of the space; trials with other values are not looked at."""
+    """Values of other fields of the space; trials with other values are ignored."""
     between: tuple[float, float] | None = None
     """Two values of `over` that are compared, instead of the smallest and the largest."""
     because: str = ""
@@ -76,7 +76,7 @@ def bounds_in(within: object) -> dict[str, float]:
 
 
 def prices_in(prices: object) -> tuple[str, ...]:
-    """Return PRICES of a search space file. Raises JobError if it is no list of names of metrics."""
+    """Return PRICES of a search space file. Raises JobError if it is not a list of names of metrics."""
     if isinstance(prices, str) or not isinstance(prices, list | tuple) or not all(isinstance(name, str) for name in prices):
         raise JobError(f"PRICES is a list of metrics such as ['perplexity/value'], not {cut(repr(prices))}")
     return tuple(prices)
@@ -90,7 +90,7 @@ def controls_in(controls: object, values: Values) -> tuple[dict[str, Json], ...]
     """Return CONTROLS of a search space file, whose SPACE has these `values`.
 
     Raises:
-        JobError: it is no list of dicts, or names a field or a value that the space does not set.
+        JobError: it is not a list of dicts, or names a field or a value that the space does not set.
     """
     if not isinstance(controls, list | tuple) or not all(isinstance(entry, dict) and entry for entry in controls):
         raise JobError(f"CONTROLS is a list of dicts, each with values of fields, not {cut(repr(controls))}")
@@ -115,7 +115,7 @@ def predictions_in(predictions: object, values: Values) -> tuple[Prediction, ...
 
 def _prediction(key: str, entry: object, values: Values) -> Prediction:
     try:
-        # Tuples and NumPy's numbers become what the trials' rows hold, so that the two can be equal.
+        # Tuples and NumPy's numbers are converted to the types in the rows of trials, so that they compare as equal.
         prediction = Prediction.model_validate(plain(entry, key) if isinstance(entry, dict) else entry)
     except ValidationError as error:
         first = error.errors()[0]
@@ -127,7 +127,7 @@ def _prediction(key: str, entry: object, values: Values) -> Prediction:
     listed = values[prediction.over]
     numbers = [value for value in listed or () if isinstance(value, int | float) and not isinstance(value, bool)]
     if listed is not None and len(numbers) < max(2, len(listed)):
-        raise JobError(f"{key}.over: {prediction.over} has to vary over numbers; SPACE gives it {cut(repr(listed))}")
+        raise JobError(f"{key}.over: {prediction.over} must have several numbers as values; SPACE has {cut(repr(listed))}")
     for end in prediction.between or ():
         if listed is not None and end not in numbers:
             raise JobError(f"{key}.between: {prediction.over} is never {end:g}; it is one of {cut(repr(numbers))}")
@@ -150,7 +150,7 @@ def _checked(key: str, entry: Mapping[Any, object], values: Values, any_value: b
 
 
 class Resolved(NamedTuple):
-    """Bounds and prices with the direction that each metric's task declares."""
+    """Bounds and prices with the direction of each metric, which its task declares."""
 
     bounds: tuple[Bound, ...]
     prices: tuple[Price, ...]
@@ -160,7 +160,7 @@ def resolved(within: Mapping[str, float], prices: Sequence[str], predictions: Se
     """Look up the metrics of a space's rules among what the sweep's jobs measure.
 
     Raises:
-        JobError: no task measures one of them, or neither direction of a bound or price is better.
+        JobError: no task measures one of them, or the metric of a bound or price has no better direction.
     """
     for prediction in predictions:
         _measured("PREDICTIONS:", prediction.metric, job)
@@ -173,7 +173,7 @@ def resolved(within: Mapping[str, float], prices: Sequence[str], predictions: Se
 def _better(name: str, metric: str, job: Job) -> Better:
     better = _measured(name, metric, job).better
     if better is None:
-        raise JobError(f"{name} {metric}: neither more nor less of it is better; take another metric")
+        raise JobError(f"{name} {metric}: this metric has no better direction; take another one")
     return better
 
 

@@ -1,4 +1,4 @@
-"""Stop a unit early: the sweep's process writes a note beside the unit's request, and the process of the unit obeys it.
+"""Stop a unit early: the sweep's process writes a note beside the unit's request, which the unit's process checks.
 
 The process looks for the note whenever it reports progress, so it can stop without dying and run the next unit warm. A process
 that does not report in time, or whose training runs in other processes, is killed (`processes.end`). Notes are never deleted:
@@ -15,13 +15,13 @@ from steerlab.storage.plan import Stage
 from steerlab.storage.store import Store
 
 GRACE_S = 15.0
-"""Seconds that a process may take to obey before it is killed."""
+"""Seconds after which a process that does not stop is killed."""
 _READ_EVERY_S = 1.0
-"""Shortest time between two looks at the note: ROOT may be an object store, where each look is a request."""
+"""Shortest time between two checks for the note: if ROOT is an object store, each check is a request."""
 
 
 class Stopped(BaseException):
-    """Raised to stop the unit. A BaseException, so that no handler of ordinary errors in the stages catches it."""
+    """Raised to stop the unit. It is a BaseException, so that no handler of ordinary errors in the stages catches it."""
 
 
 def ask(store: Store, folder: str, unit: str, why: str) -> None:
@@ -30,21 +30,21 @@ def ask(store: Store, folder: str, unit: str, why: str) -> None:
 
 
 class Obedience:
-    """Raises Stopped when a note asks its unit to stop; called between stages and at each report of progress."""
+    """Raise Stopped if a note asks the unit to stop; called between stages and at each report of progress."""
 
     def __init__(self, store: Store, request: str) -> None:
-        """Watch for the note beside the file `request` of a unit."""
-        # Only in the calling thread. The reports of a training in other processes arrive in a thread of their own, where an
-        # exception would end that thread and not the training.
+        """Check for the note beside the file `request` of a unit."""
+        # Checked only in this thread. Reports of a training in other processes arrive in another thread, where an
+        # exception would not end the training.
         self._store, self._note = store, _path(request)
         self._thread, self._read_s = threading.get_ident(), float("-inf")
 
     def before(self, stage: Stage) -> None:
-        """Look for the note before a stage starts. Raises Stopped."""
+        """Check for the note before a stage starts. Raises Stopped."""
         self._read(f"before {stage.name}")
 
     def during(self, stage: Stage, metrics: Mapping[str, float]) -> None:
-        """Look for the note, at most once per second, when a stage reports progress. Raises Stopped."""
+        """Check for the note, at most once per second, when a stage reports progress. Raises Stopped."""
         if threading.get_ident() == self._thread and time.monotonic() - self._read_s > _READ_EVERY_S:
             self._read(f"after step {metrics['step']} of {stage.name}" if "step" in metrics else f"during {stage.name}")
 

@@ -26,9 +26,9 @@ from steerlab.sweeps.units import Unit, grouped
 SCHEMA = 1
 """Version of the formats of space.json and of a sweep's summary.json."""
 _MOST_TRIALS = 100_000
-"""Beyond so many trials, a mistake in the space is more likely than a table that anybody reads."""
+"""Largest number of trials; more are probably a mistake in the space."""
 _SEED = 0
-"""Seed of random search. Fixed, because a sweep that resumes must draw the same points."""
+"""Seed of random search. It is fixed, because a resumed sweep must draw the same points."""
 _DEFAULT_SAMPLES = 10
 
 
@@ -45,7 +45,7 @@ class SweepRequest:
     """All units of a grid or random search; empty when a searcher or W&B suggests them."""
 
     def described(self) -> JsonObject:
-        """Return the content of space.json: everything that tells this sweep from other sweeps of the same job."""
+        """Return the content of space.json: everything that distinguishes this sweep from other sweeps of the same job."""
         space = self.plan.space.described()
         code = sorted(code.sha256 for code in own_code.codes_in([space, list(self.plan.development)]))
         return {
@@ -65,7 +65,7 @@ class SweepRequest:
 
 @dataclass(frozen=True)
 class SweepRun:
-    """A running sweep: its request, and the place of its files."""
+    """A running sweep: its request, and the location of its files."""
 
     request: SweepRequest
     store: Store
@@ -75,7 +75,7 @@ class SweepRun:
     command: str
     """The command line that started it."""
     say: Say
-    """Prints a line for people."""
+    """Prints a line for the user."""
 
     def write_table(self) -> None:
         """Write trials.parquet with the results so far."""
@@ -100,7 +100,7 @@ def checked(sweep_plan: SweepPlan, num_samples: int | None, num_seeds: int, say:
     samples = num_samples or (_DEFAULT_SAMPLES if drawn else 1)
     # A second sample of a grid would repeat each trial with the same seed.
     if samples > 1 and not drawn:
-        raise JobError(f"--samples {samples}: {sweep_plan.space.path} is a grid, in which every point counts once")
+        raise JobError(f"--samples {samples}: {sweep_plan.space.path} is a grid, whose points run once each")
     units: list[Unit] = []
     _check_number(sweep_plan, samples, len(seeds))
     if sweep_plan.space.search_alg is None:
@@ -114,7 +114,7 @@ def checked(sweep_plan: SweepPlan, num_samples: int | None, num_seeds: int, say:
 
 def _check_number(sweep_plan: SweepPlan, samples: int, num_seeds: int) -> None:
     """Refuse more than _MOST_TRIALS trials; the message shows the product. Raises JobError."""
-    # Before the points are drawn, which would fill the memory.
+    # Checked before the points are drawn, since too many would fill the memory.
     grids = {entry: len(value["grid_search"]) for entry, value in sweep_plan.space.entries.items() if is_grid(value)}
     factors = {**grids, "--samples": samples, "--seeds": num_seeds}
     if (number := math.prod(factors.values())) > _MOST_TRIALS:
@@ -123,13 +123,13 @@ def _check_number(sweep_plan: SweepPlan, samples: int, num_seeds: int) -> None:
 
 
 def _aim(sweep_plan: SweepPlan, scheduler: TrialScheduler) -> None:
-    """Configure a scheduler: it compares trials by the loss that trainings report, and lets the best ones end by themselves.
+    """Configure a scheduler: it compares trials by the loss that trainings report, and lets the best trials reach their end.
 
     Raises:
         JobError: the job trains nothing, or the scheduler would stop every trial before its training ends.
     """
     if sweep_plan.job.train is None:
-        raise JobError(f"{sweep_plan.space.path}: SCHEDULER stops trainings early, and the job trains nothing")
+        raise JobError(f"{sweep_plan.space.path}: SCHEDULER stops trainings early, but the job trains nothing")
     if isinstance(scheduler, AsyncHyperBandScheduler):
         point, steps = _longest(sweep_plan)
         if (last := private_parts.last_step(scheduler)) < steps:
@@ -149,15 +149,15 @@ def _longest(sweep_plan: SweepPlan) -> tuple[dict[str, Json], int]:
     def steps(point: dict[str, Json]) -> int:
         try:
             return length.of(sweep_plan.job_of(point, None, sweep_plan.strengths)).num_steps
-        except JobError:  # these values do not go together without those of other keys
+        except JobError:  # these values need other values of other keys
             return 0
 
     values = {key: extremes(entry) for key, entry in sweep_plan.space.entries.items() if key.split(".")[0] in ("train", "data")}
-    # Of each key the first value, and not the job's own, which no trial has.
+    # The start is the first value of each key; the job's own values may occur in no trial.
     point = {key: of_key[0] for key, of_key in values.items() if of_key}
     longest = steps(point)
     decisive: dict[str, Json] = {}
-    # Key by key: the steps are a product (epochs x rows / rows of a step), so the best value of one depends on no other.
+    # Keys are varied separately: the steps are a product (epochs x rows / rows of a step), so each factor has its own maximum.
     for key, of_key in values.items():
         for value in of_key[1:]:
             number = steps({**point, key: value})
@@ -180,7 +180,7 @@ def concurrency(request: SweepRequest) -> int:
     ]
     scales = {job.scale.model_dump_json(): job.scale for job in unit_jobs}.values()
     available = reserved.available()
-    # Ray places the CPUs of one worker on one node, so the sum over nodes is not enough.
+    # Ray places the CPUs of one worker on one node, so the sum over nodes may be too large.
     largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
     fits = []
     for scale in scales:
@@ -188,17 +188,17 @@ def concurrency(request: SweepRequest) -> int:
         workers, cpus = scale.worker_range[0], scale.cpus_per_worker
         if cpus > max(largest, available["CPU"] if len(ray.nodes()) == 1 else 0.0):
             raise ValueError(f"scale.cpus_per_worker {cpus:g}, but the largest node has {largest:g} CPUs")
-        # The fewest workers with which a trial can start (`scale.workers` may be a range).
+        # A trial needs at least its smallest number of workers (`scale.workers` may be a range).
         fits.append(available["CPU"] / (workers * cpus))
         if gpus := reserved.gpus_of(scale):
             fits.append(available["GPU"] / (workers * gpus))
-    # A trial's own process reserves memory and no CPU (see `trial.DRIVER_MEMORY_BYTES`).
+    # A trial's own process reserves memory but no CPU (see `trial.DRIVER_MEMORY_BYTES`).
     fits.append(ray.cluster_resources().get("memory", 0) / DRIVER_MEMORY_BYTES)
     return max(1, int(min(fits)))
 
 
 def check_cluster(request: SweepRequest, store: Store) -> None:
     """Refuse a sweep whose first unit does not fit into the memory of the cluster or onto the disk. Raises ValueError."""
-    # The first unit stands for all: an estimate reads rows, which would take long for thousands of units.
+    # Only the first unit is checked: an estimate reads rows, which would take long for thousands of units.
     planned = Plan.of(request.plan.job_of(request.units[0].shared if request.units else {}, None, request.plan.strengths))
     capacity.check_cluster(planned, store, run.facts_of(planned))

@@ -1,7 +1,7 @@
 """Run a unit in a process of Ray Tune: its jobs one after another (one for each seed), and the rows of their results.
 
 The process is a driver: it reserves memory but no CPU, reads and writes artifacts, waits for stages that another trial already
-runs, and starts all other stages on the cluster. Ray Tune reuses it for the next unit, so its imports are paid for once.
+runs, and starts all other stages on the cluster. Ray Tune reuses it for the next unit, so that its imports happen once.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from steerlab.sweeps.units import Trial, TrialRow, Unit, UnitRecord
 
 DRIVER_MEMORY_BYTES = 512 << 20
 """Memory that the process of a unit reserves."""
-# Ray Tune requires some resource, and an actor keeps its resources while it waits. With 0.01 CPU for each driver, two CPUs
+# Ray Tune requires some resource, and an actor holds its resources while it waits. With 0.01 CPU for each driver, two CPUs
 # could run only one training of one CPU at a time.
 Reported = Callable[[plan.Stage, dict[str, float]], None]
-"""Receives the metrics that a running stage reports."""
+"""Function that receives the metrics that a running stage reports."""
 
 
 class UnitConfig(TypedDict):
@@ -54,7 +54,7 @@ class UnitOutcome(TypedDict, total=False):
 
 
 class TrialRequest(Frozen):
-    """Request to run a unit: a file in the sweep's folder. The process gets its hash, so it notices a changed file."""
+    """Request to run a unit: a file in the sweep's folder. The process gets the file's hash, so it detects a changed file."""
 
     sweep: str
     """Id of the sweep."""
@@ -64,13 +64,13 @@ class TrialRequest(Frozen):
     metric: str
     """The metric that the sweep optimises."""
     within: Limit | None
-    """Bound that a trial has to keep; None for no bound."""
+    """Bound that a trial must satisfy; None for no bound."""
     watched: str | None
-    """Metric that the scheduler reads while a training runs; None without a scheduler."""
+    """Metric that is reported to the scheduler while a training runs; None without a scheduler."""
     code: tuple[own_code.Code, ...]
     """Files of the user's own methods and tasks."""
     command: str
-    """The sweep's command line, for the record."""
+    """The sweep's command line, for the record of the run."""
     stoppable: bool = False
     """Whether W&B may stop the unit early."""
     page: str | None = None
@@ -88,7 +88,7 @@ def run_unit(config: UnitConfig) -> None:
 
     store = Store(config["root"])
     request = _request(store, config["request"], config["sha256"])
-    # Before the jobs are validated: their method may be one of these files.
+    # Received before the jobs are validated, since their method may be one of these files.
     own_code.receive(request.code)
     unit = request.unit.unit
     obey = stops.Obedience(store, config["request"])
@@ -109,7 +109,7 @@ def run_unit(config: UnitConfig) -> None:
         outcome: UnitOutcome = {"stopped": str(stopped)}
     except (plan.StageError, ValueError, OSError) as error:
         # Any other error is a bug: it ends the process, and Ray Tune shows it after its retries.
-        # One short line, because it becomes a cell of the table; the whole traceback is in the run's error.txt.
+        # The reason is one short line, because it becomes a cell of the table; the run's error.txt has the traceback.
         outcome = {"reason": " ".join(str(error).split())[:1000]}
     else:
         outcome = {"rows": rows}
@@ -118,10 +118,10 @@ def run_unit(config: UnitConfig) -> None:
 
 def _request(store: Store, path: str, digest: str) -> TrialRequest:
     """Read the request of a unit. Raises ValueError if the file has changed since the sweep wrote it."""
-    # The hash is part of Ray Tune's configuration and not of the file, which others may write.
+    # The hash comes through Ray Tune's configuration, since other users may be able to write the file.
     content = store.read_bytes(path)
     if hashlib.sha256(content).hexdigest() != digest:
-        raise ValueError(f"{store.where(path)} was changed while the sweep ran")
+        raise ValueError(f"{store.where(path)} has changed while the sweep ran")
     return saved.parsed(content, TrialRequest, store.where(path))
 
 
@@ -134,8 +134,8 @@ def _both(first: Reported, second: Reported) -> Reported:
 
 
 def _watched(planned: Plan, metric: str | None, report: Callable[[dict[str, float]], None]) -> Reported:
-    """Return a listener that reports `metric` of the job's own training to the scheduler; one that does nothing for None."""
-    # Not the trainings of jobs that this one builds on: their steps and losses are those of another training.
+    """Return a listener that reports `metric` of the job's own training to the scheduler; for None it does nothing."""
+    # Trainings of the jobs that this one builds on are not reported: their steps and losses would be mixed up.
     own = planned.model if metric is not None else None
 
     def reported(stage: plan.Stage, metrics: dict[str, float]) -> None:
@@ -156,7 +156,7 @@ def rows_of(planned: Plan, done: Run, store: Store, unit: Unit, seed: int, metri
 
 
 def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: str, bound: Limit | None) -> TrialRow:
-    """Return a trial's row of the table: its parameters, metrics, status and, with a bound, whether it keeps that."""
+    """Return a trial's row of the table: its parameters, metrics, status and, with a bound, whether it satisfies the bound."""
     strengths = done.summary["strengths"]
     measured = done.summary["metrics"] if trial.strength is None else strengths[trial.strength]
     # A space that varies `train.seed` sets the seed itself.
@@ -169,7 +169,7 @@ def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: s
     value = row.get(f"metric.{name}")
     is_number = isinstance(value, int | float) and math.isfinite(value)
     names = ", ".join(key.removeprefix("metric.") for key in row if key.startswith("metric."))
-    reason = f"{name} is {value}" if f"metric.{name}" in row else f"{name} was not measured; there are {names}"
+    reason = f"{name} is {value}" if f"metric.{name}" in row else f"{name} was not measured; measured were {names}"
     row |= {"status": "finished" if is_number else "failed", "reason": "" if is_number else reason}
     if bound is not None:
         row["within"] = _is_within(bound, measured, strengths.get(UNPATCHED))
@@ -177,9 +177,9 @@ def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: s
 
 
 def _is_within(bound: Limit, measured: Mapping[str, MetricNumbers], plain: Mapping[str, MetricNumbers] | None) -> bool:
-    """Say whether a trial keeps the bound of the job's `choose`, which is relative to the value at strength 0 (`plain`)."""
+    """Return whether a trial satisfies the bound of the job's `choose`, relative to the value at strength 0 (`plain`)."""
     value, start = (side.get(bound.metric, {}).get("value") for side in (measured, plain or {}))
-    # A trial that lacks one of the two numbers cannot show that it keeps the bound.
+    # A trial that lacks one of the two numbers does not satisfy the bound.
     return value is not None and start is not None and value <= bound.highest(start)
 
 
@@ -198,7 +198,7 @@ def stage_columns(records: Sequence[plan.Record]) -> TrialRow:
     """Return the columns of a row that describe its stages: `seconds.<stage>`, `cached.<stage>` and `key.<stage>`.
 
     <stage> is the stage's name, or `evaluate.<label>` for an evaluation. Stages of the job that this one builds on (its
-    `model.source`) have a number, `<name>.1`; those of the job that that one builds on are `<name>.2`, and so on.
+    `model.source`) have a number, `<name>.1`; those of the next job of the chain are `<name>.2`, and so on.
     """
     row: TrialRow = {}
     taken: set[str] = set()
@@ -207,7 +207,7 @@ def stage_columns(records: Sequence[plan.Record]) -> TrialRow:
         name = record.stage.name
         if name == "evaluate":
             name = f"evaluate.{record.stage.label}"
-        # The stages of a chain of jobs have equal names, so each takes the first number that is free.
+        # The stages of a chain of jobs have equal names, so each gets the first unused number.
         depth = next(n for n in range(len(records) + 1) if (f"{name}.{n}" if n else name) not in taken)
         column = f"{name}.{depth}" if depth else name
         taken.add(column)

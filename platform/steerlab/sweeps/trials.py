@@ -25,7 +25,7 @@ from steerlab.sweeps.units import Unit
 
 _T = TypeVar("_T")
 Say = Callable[[str], None]
-"""Prints a line for people."""
+"""Prints a line for the user."""
 _PROGRESS_EVERY_S = 10.0
 
 SNAPSHOT = "snapshot"
@@ -51,9 +51,9 @@ class SweepPlan:
     strengths: tuple[float, ...]
     """Strengths that every unit evaluates. Empty when the space does not vary the strength, or a searcher draws it."""
     bounds: tuple[Bound, ...] = ()
-    """What the best trial has to keep."""
+    """Bounds that the best trial must satisfy."""
     prices: tuple[Price, ...] = ()
-    """What decides between trials that cannot be told from the best one."""
+    """Metrics that decide between trials that cannot be distinguished from the best one."""
     snapshots: tuple[int, ...] = ()
     """Steps after which every training saves its patch, because the space varies `snapshot`."""
 
@@ -62,22 +62,22 @@ class SweepPlan:
 
         Args:
             point: the fields that the unit sets.
-            seed: the training seed; None keeps the job's own.
-            strengths: strengths at which the tasks run; empty keeps the job's own.
+            seed: the training seed; None for the job's own.
+            strengths: strengths at which the tasks run; empty for the job's own.
 
         Raises:
-            JobError: the point makes no valid job.
+            JobError: the point does not make a valid job.
         """
         tree = self._tree(point, seed)
         if self.development:
-            # Without `choose`: the sweep compares the strengths, so a trial does not choose one for itself.
-            # A copy: `_valid` writes the strengths into the tasks, and other units share them.
+            # `choose` is removed: the sweep compares the strengths, so a trial must not choose one itself.
+            # The tasks are copied, since `_valid` writes the strengths into them, and other units share them.
             tree["evaluate"], tree["choose"] = [*copy.deepcopy(self.development)], None
         return self._valid(tree, point, strengths, warm=True)
 
     def best_job(self, point: Point, seed: int | None) -> Job:
         """Return the job that evaluates a trial on the rows of the job's own tasks. Raises JobError."""
-        # `strength` is no field of the tree here: it becomes the strengths of the tasks.
+        # `strength` is not set as a field here: it becomes the strengths of the tasks.
         shared = {key: value for key, value in point.items() if key != STRENGTH}
         tree, strength = self._tree(shared, seed), strength_of(point)
         if strength is not None:
@@ -88,7 +88,7 @@ class SweepPlan:
         """Return the job's tree with the fields of a point, the seed and all snapshots set."""
         tree = copy.deepcopy(self.tree)
         if self.snapshots:
-            # Every unit saves all snapshots, so that units which differ in `snapshot` alone share one training.
+            # Every unit saves all snapshots, so that units which differ only in `snapshot` share one training.
             written = tree.get("train")
             steps = self.job.train.snapshots if self.job.train is not None else ()
             snapshots: JsonObject = {"snapshots": [*sorted({*steps, *self.snapshots})]}
@@ -106,7 +106,7 @@ class SweepPlan:
             # The bound of `choose` is relative to strength 0, so each unit has to measure it too.
             bound = self.job.choose.within if self.job.choose is not None and self.development else None
             zero = [0.0] if bound is not None and 0.0 not in strengths else []
-            # The strengths of the tasks replace the job's own strength, which cannot stand beside them.
+            # The strengths of the tasks replace the job's own strength, which is not allowed together with them.
             tree["strength"] = None
             tasks = tree.get("evaluate")
             for task in tasks if isinstance(tasks, list) else ():
@@ -119,7 +119,7 @@ class SweepPlan:
             reason = str(error).removeprefix(f"{self.path}: ")
             settings = ", ".join(f"{key} = {cut(repr(value))}" for key, value in point.items())
             raise JobError(f"{self.space.path}: SPACE with {settings}: {reason}") from None
-        # A training of one worker without a GPU runs in the trial's own process, which has paid for its imports.
+        # A training of one worker without a GPU runs in the trial's own process, which has already imported everything.
         is_small = job.scale.worker_range == (1, 1) and job.scale.warm is None
         if warm and is_small and not _takes_gpu(job):
             return job.model_copy(update={"scale": job.scale.model_copy(update={"warm": True})})
@@ -154,7 +154,7 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> SweepPlan:
         development = tuple(task.model_dump(mode="json") for task in job.choose.tasks)
     metric = space.metric or (job.choose.metric if job.choose is not None else None)
     if metric is None:
-        raise JobError(f"{space.path}: METRIC is missing: the metric that is made best, such as 'separation/sep'")
+        raise JobError(f"{space.path}: METRIC is missing: give the metric to optimise, such as 'separation/sep'")
     mode = space.mode or (job.choose.mode if job.choose is not None and metric == job.choose.metric else None)
     strengths: list[float] = []
     if STRENGTH in space.entries:
@@ -162,13 +162,13 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> SweepPlan:
     elif job.choose is not None and patched:
         strengths = sorted({0.0, *job.choose.strengths})
     snapshots = _steps(space)
-    # The metric's direction is known only once its task is; until then, any mode does.
+    # The metric's direction is known only after its task is found; until then, any mode is valid.
     sweep_plan = SweepPlan(
         path, tree, job, space, metric, mode or "max", tuple(development), tuple(strengths), snapshots=snapshots
     )
     measure = _measured(sweep_plan)
     if mode is None and measure.mode is None:
-        raise JobError(f"{space.path}: MODE is missing: 'min' or 'max' of {metric}, for which neither is better by itself")
+        raise JobError(f"{space.path}: MODE is missing: give 'min' or 'max', since {metric} declares no better direction")
     try:
         resolved = space_rules.resolved(space.within, space.prices, space.predictions, sweep_plan.job_of({}, None, ()))
     except JobError as error:
@@ -190,14 +190,14 @@ def _strengths(space: Space) -> list[float]:
 
 
 def _steps(space: Space) -> tuple[int, ...]:
-    """Return all values of `snapshot`, sorted, whether it has an entry of its own or is set with other fields."""
+    """Return all values of `snapshot`, sorted, whether it has its own entry or is set together with other fields."""
     if SNAPSHOT not in space.values:
         return ()
     values = space.values[SNAPSHOT]
-    # Not `isinstance`, which would accept True.
+    # `type` is compared, since `isinstance` would accept True.
     steps = [value for value in values or () if type(value) is int]
     if values is None or len(steps) < len(values):
-        raise JobError(f"{space.path}: SPACE['snapshot'] names the steps to keep: tune.grid_search or tune.choice of numbers")
+        raise JobError(f"{space.path}: SPACE['snapshot'] lists the steps to save: tune.grid_search or tune.choice of numbers")
     return tuple(sorted(set(steps)))
 
 
@@ -222,7 +222,7 @@ def _measured(sweep_plan: SweepPlan) -> Measure:
 
 
 def counted(items: Sequence[_T], what: str, say: Say) -> Iterator[_T]:
-    """Yield the items, and every ten seconds say how many are done and how long the rest will take."""
+    """Yield the items, and every ten seconds print how many are done and how long the rest will take."""
     began_s = said_s = time.monotonic()
     for number, item in enumerate(items):
         now_s = time.monotonic()
@@ -240,7 +240,7 @@ def check(sweep_plan: SweepPlan, units: Sequence[Unit], say: Say = lambda line: 
         ValueError: the message names the file, and the entry of the space with its value.
     """
     run.check(Plan.of(sweep_plan.job_of({}, None, sweep_plan.strengths)), sweep_plan.path)
-    # The full check reads rows and the tokenizer, so it runs once for each value and not once for each combination; units are
+    # The full check reads rows and the tokenizer, so it runs once for each value, not once for each combination; units are
     # only validated, which takes milliseconds.
     for entry, domain in sweep_plan.space.entries.items():
         if entry == STRENGTH:
@@ -266,13 +266,13 @@ def seeds_of(sweep_plan: SweepPlan, num_seeds: int) -> tuple[int, ...]:
     """
     if sweep_plan.job.train is None:
         if num_seeds > 1:
-            raise JobError(f"--seeds {num_seeds}: the job trains nothing, so its result depends on no seed of training")
+            raise JobError(f"--seeds {num_seeds}: the job trains nothing, so a training seed has no effect")
         return (0,)
     if num_seeds > 1 and any(key.strip() == "train.seed" for entry in sweep_plan.space.entries for key in entry.split(",")):
         raise JobError(f"--seeds {num_seeds}: SPACE sets train.seed itself")
     first = sweep_plan.job.train.seed
     if first + num_seeds > SEED_LIMIT:
         raise JobError(
-            f"--seeds {num_seeds}: they begin with train.seed {first} and go beyond {SEED_LIMIT - 1}, the largest seed"
+            f"--seeds {num_seeds}: the seeds begin with train.seed {first} and exceed {SEED_LIMIT - 1}, the largest seed"
         )
     return tuple(first + number for number in range(num_seeds))

@@ -1,4 +1,4 @@
-"""Run the units of a sweep with Ray Tune: configure it, write the request of each unit, and silence its own logs."""
+"""Run the units of a sweep with Ray Tune: configure it, write the request of each unit, and disable its own logs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from steerlab.sweeps.units import Unit, UnitRecord
 
 
 class UnitContext(TypedDict):
-    """Fields of a `TrialRequest` that do not follow from the unit and its jobs."""
+    """Fields of a `TrialRequest` that do not depend on the unit and its jobs."""
 
     command: str
     stoppable: NotRequired[bool]
@@ -49,7 +49,7 @@ def run_units(sweep: SweepRun, num_at_once: int, agent: Agent | None) -> bool:
     if suggester is None and not history.pending:
         return False
     if request.plan.space.scheduler is not None:
-        # Only settled units: a pending unit runs again and reports its steps itself.
+        # Only settled units are replayed: a pending unit runs again and reports its steps itself.
         search.replay(request.plan.space.scheduler, history)
     page_id = page.begin(request.plan, sweep.store, sweep.folder) if agent is None else agent.sweep_id
 
@@ -67,13 +67,13 @@ def run_units(sweep: SweepRun, num_at_once: int, agent: Agent | None) -> bool:
     sweep.write_table()
     _quiet()
     processes.keep()
-    # Ray Tune handles Ctrl-C itself and returns from `fit`, so an interruption shows only by the units that are left.
+    # Ray Tune handles Ctrl-C itself and returns from `fit`, so an interruption is recognised by the remaining units.
     try:
         _tuner(sweep, feed, num_at_once, agent).fit()
     finally:
         if agent is not None:
             agent.close()
-    # Asks for one more unit, as Ray Tune may have returned before the searcher said that it has finished.
+    # One more unit is requested, since Ray Tune may have returned before the searcher reported its end.
     is_exhausted = suggester is None or (not suggester.waiting and suggester.next(history) is None)
     if not history.pending and is_exhausted:
         return False
@@ -108,9 +108,9 @@ def _tuner(sweep: SweepRun, feed: search.Feed, num_at_once: int, agent: Agent | 
         tune_config=tune.TuneConfig(
             search_alg=ConcurrencyLimiter(feed, max_concurrent=num_at_once),
             scheduler=plan.space.scheduler,
-            num_samples=-1,  # until the searcher says that it has finished
-            reuse_actors=True,  # the next unit runs in a process that has paid for its imports
-            # Folder names that people can match with the history, instead of Ray Tune's random ids.
+            num_samples=-1,  # until the searcher returns FINISHED
+            reuse_actors=True,  # the next unit runs in a process that has already imported everything
+            # Folders are named as in the history, instead of by Ray Tune's random ids.
             trial_name_creator=lambda trial: feed.units[trial.trial_id].name,
             trial_dirname_creator=lambda trial: feed.units[trial.trial_id].name,
         ),
@@ -127,7 +127,7 @@ def _tuner(sweep: SweepRun, feed: search.Feed, num_at_once: int, agent: Agent | 
 
 
 def _quiet() -> None:
-    """Turn off Ray Tune's own log files and progress tables: the history has all of it."""
+    """Turn off Ray Tune's own log files and progress tables: the history contains the same information."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Ray Tune refuses reports without the scheduler's metric, and a unit's last report holds only its outcome.
@@ -137,8 +137,8 @@ def _quiet() -> None:
 
 
 def _request(request: SweepRequest, store: Store, folder: str, unit: Unit, context: UnitContext) -> UnitConfig:
-    """Write a unit's request to a file of the sweep, and return the configuration that leads its process to the file."""
-    # Ray Tune keeps every configuration in memory and writes it to its state, so the jobs themselves are not part of it.
+    """Write a unit's request to a file of the sweep, and return the configuration for its process, which refers to the file."""
+    # Ray Tune keeps every configuration in memory and writes it to its state, so the configuration does not contain the jobs.
     plan, scheduler = request.plan, request.plan.space.scheduler
     unit_jobs = [plan.job_of(unit.shared, seed, unit.strengths) for seed in unit.seeds]
     trees = [job.model_dump(mode="json") for job in unit_jobs]

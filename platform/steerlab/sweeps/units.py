@@ -36,7 +36,7 @@ class Trial:
 
     @property
     def strength(self) -> float | None:
-        """The strength of the patch; None when the point sets none, so that the job's own strengths apply."""
+        """The strength of the patch; None if the point sets none; then the job's own strengths apply."""
         return strength_of(self.params)
 
 
@@ -52,7 +52,7 @@ class Unit:
     @property
     def name(self) -> str:
         """Name within the sweep; run folders of the unit contain it."""
-        # Padded, so that folders sort in the order of the units.
+        # The number is padded with zeros, so that folders sort in the order of the units.
         return f"{self.number:04d}-{self.trials[0].trial_id}"
 
     @property
@@ -62,7 +62,7 @@ class Unit:
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """The strengths of its trials; empty when the job's own strengths apply."""
+        """The strengths of the trials; empty if the job's own strengths apply."""
         return tuple(trial.strength for trial in self.trials if trial.strength is not None)
 
     def as_dict(self) -> dict[str, object]:
@@ -100,7 +100,7 @@ class UnitRecord(saved.Shape):
 
 def trial_id(params: Point) -> str:
     """Return the id of a point: eight hexadecimal digits of its SHA-256."""
-    # Sorted, so that the order of the entries in the space's file changes no id.
+    # The keys are sorted, so that the order of the entries in the space's file does not change an id.
     return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -112,7 +112,7 @@ def grouped(path: Path, points: Iterable[Point], seeds: Sequence[int], *, apart:
         points: the points.
         seeds: training seeds.
         apart: make a separate unit for each seed (True) or one unit that runs all seeds one after another (False).
-        drawn: the points were drawn at random, so equal ones are accepted and count once.
+        drawn: the points were drawn at random, so repeated ones are accepted and count once.
 
     Raises:
         JobError: a grid gives the same point twice.
@@ -121,9 +121,9 @@ def grouped(path: Path, points: Iterable[Point], seeds: Sequence[int], *, apart:
     for point in points:
         trial = Trial(trial_id(point), point)
         shared = {key: value for key, value in point.items() if key != STRENGTH}
-        # JSON as the key, because values may be lists; sorted, because points may list their fields in any order.
+        # The key is JSON, because values may be lists, and sorted, because points may list their fields in any order.
         group = by_shared.setdefault(json.dumps(shared, sort_keys=True), {})
-        # In a grid, a repeated point is a mistake of the person; in a random search over a choice, it is chance.
+        # In a grid, a repeated point is a mistake of the user; in a random search over a choice, it is chance.
         if trial.trial_id in group and not drawn:
             raise JobError(f"{path}: SPACE gives the trial {trial.trial_id} twice: {point}")
         group[trial.trial_id] = trial

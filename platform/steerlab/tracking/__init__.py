@@ -28,16 +28,16 @@ from steerlab.tracking.wandb_mode import OFFLINE_REASONS, mode_of
 from steerlab.tracking.writer_process import POLL_S, explain, is_settled, open_spools, serve
 
 SPOOL = "wandb"
-"""Folder of a run's spool in its run folder; spools of further strengths have names that begin with it."""
+"""Folder of a run's spool in its run folder; the names of spools of further strengths begin with this name."""
 IMAGES = "images"
 """Key of the table of images."""
 
 FINISH_WAIT_S = 5.0
-"""Longest time that the end of a run waits for its writer, which afterwards continues by itself."""
+"""Longest time that the end of a run waits for its writer, which then continues alone."""
 MAX_TABLE_ROWS = 1000
 MAX_IMAGES = 64
 """Largest number of images of one strength and guidance scale."""
-_OFFLINE = "no W&B API key: the run is written offline; once there is a key, `steerlab wandb-send RUN` sends it"
+_OFFLINE = "no W&B API key: the run is written offline; with a key, `steerlab wandb-send RUN` sends it later"
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Place:
     job_type: str | None = None
     tags: tuple[str, ...] = ()
     run_id: str | None = None
-    """Id of the W&B run; None for the run's own id. W&B hands out the id when it chooses the points."""
+    """Id of the W&B run; None for the run's own id. If W&B chooses the points, it also assigns the id."""
     parameters: tuple[tuple[str, Json], ...] = ()
     """Parameters that the sweep varies, by path. W&B's sweep pages look for these names at the top level of the config."""
     label: str | None = None
-    """What sets the run apart from others of its job, for its display name; None takes the end of its id."""
+    """Label that distinguishes the run from others of its job, in its display name; None takes the end of its id."""
     strengths: tuple[float, ...] | None = None
-    """Strengths of the patch that are points of the sweep; None outside a sweep: all that were measured are."""
+    """Strengths of the patch that are points of the sweep; None outside a sweep, where all measured strengths are points."""
 
 
 class Tracker:
@@ -77,7 +77,7 @@ class Tracker:
         self._spool: Spool | None = None
         self._arguments = (track, run_id, name, config, directory, place)
         self._name = f"{name} {place.label or run_id[-6:]}"
-        # Without control characters: texts of the job may come from somebody else, and services show them to a team.
+        # Control characters are removed: texts of the job may come from others, and services show them to a team.
         self._config: JsonObject = texts.everywhere(texts.plain, {**config, **dict(place.parameters)})  # type: ignore[arg-type]
         self._recorders = self._opened_recorders(track, directory) if at is None else []
         mode = mode_of(track)
@@ -86,7 +86,7 @@ class Tracker:
         keyless = mode == "offline" and track.wandb.mode == "online"
         if keyless and at is None:
             warnings.warn(_OFFLINE, stacklevel=2)
-        # Each strength is a point of its own, so that W&B's plots over parameters show it.
+        # Each strength is a separate W&B run, so that W&B's plots over parameters show it.
         beside = "" if at is None else f"-s{at:g}"
         settings = {
             "project": track.wandb.project,
@@ -121,12 +121,12 @@ class Tracker:
         return f"{self._name} strength {strength:g}"
 
     def beside(self, strength: float) -> Tracker:
-        """Return a tracker of the same run at another strength: a W&B run of its own, in a spool of its own."""
+        """Return a tracker of the same run at another strength: a separate W&B run with its own spool."""
         track, run_id, name, config, directory, place = self._arguments
         return Tracker(track, run_id, name, config, directory, place, at=strength)
 
     def point(self, strength: float, metrics: Mapping[str, float]) -> None:
-        """Record what was measured at one strength, in MLflow and TensorBoard; W&B has a run for it (`beside`)."""
+        """Record the metrics at one strength in MLflow and TensorBoard; W&B has a run for each strength (`beside`)."""
         for recorder in self._recorders:
             recorder.point({**self._config, "strength": strength}, metrics)
 
@@ -162,7 +162,7 @@ class Tracker:
         """Record the images of a run, `{strength}_{guidance}/{id}.png` below `folder`, as one table, once.
 
         Args:
-            folder: the folder; the files must stay where they are until the run is sent.
+            folder: the folder; the files must not move until the run is sent.
             strength: the only strength whose images are recorded; None records all.
         """
         if self._spool is None or IMAGES in self._spool.keys or not folder.is_dir():
@@ -210,7 +210,7 @@ class Tracker:
         Args:
             summary: final values by name.
             exit_code: 0 for a run that succeeded.
-            wait_s: longest wait for the writer; afterwards, warns if the run was not sent. 0 neither waits nor warns.
+            wait_s: longest wait for the writer; then warns if the run was not sent. 0: no wait, no warning.
             strength: strength of the patch at which the values were measured; None for a run without a patch.
         """
         for recorder in self._recorders:

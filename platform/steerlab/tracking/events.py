@@ -1,4 +1,4 @@
-"""The events of a run: each line of its spool file is one of these, told apart by `kind`."""
+"""The events of a run: each line of its spool file is one of these, distinguished by `kind`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from steerlab.guards.json_values import Json, JsonObject
 
 
 class Opened(TypedDict):
-    """A process of the run starts to write. A run that was resumed has several of these."""
+    """A process of the run starts writing. A resumed run has several of these events."""
 
     kind: Literal["open"]
     time: NotRequired[float]
@@ -36,7 +36,7 @@ class Table(TypedDict):
 
 
 class Gallery(TypedDict):
-    """Image files of the run's folder as a table: a row for each image, with what sets it apart from the others."""
+    """Image files of the run's folder as a table: a row for each image, with its prompt, strength and so on."""
 
     kind: Literal["gallery"]
     key: str
@@ -69,7 +69,7 @@ class StageEnded(TypedDict):
     seconds: float
     uri: str
     inputs: list[tuple[str, str, str]]
-    """(stage, key, URI) of each artifact that it read."""
+    """(stage, key, URI) of each input artifact."""
     time: NotRequired[float]
 
 
@@ -80,9 +80,9 @@ class Finished(TypedDict):
     summary: JsonObject
     exit_code: int
     config: NotRequired[JsonObject]
-    """Fields of the config that are known at the end only, such as the strength that was chosen."""
+    """Fields of the config that are known only at the end, such as the chosen strength."""
     name: NotRequired[str]
-    """The run's name, if the end adds to it."""
+    """The run's final name, if it changes at the end."""
     time: NotRequired[float]
 
 
@@ -93,7 +93,7 @@ Event: TypeAlias = Opened | Line | StageEnded | Finished
 
 def step_of(event: Logged) -> float:
     """Return the step of a line on its axis."""
-    # The name of the axis is also the name under which the step is stored.
+    # The step is stored under the name of the axis.
     step = event["data"][event["axis"]]
     assert isinstance(step, int | float), "`spool.read` refuses lines without a step"
     return step

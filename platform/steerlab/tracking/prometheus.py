@@ -4,9 +4,9 @@ Every process that runs stages inside a Ray cluster reports; on each node, Ray's
 with Ray's own. The scrape configuration and the panels are in `dashboards/grafana`. Outside a cluster nothing is counted.
 
     steerlab_stages_total{stage, status}        stages that ended, by "ran", "cached" and "failed"
-    steerlab_stage_seconds{stage}               histogram of how long stages that ran took
-    steerlab_rows_total{stage}                  rows that streaming stages have gone through; its rate is rows/s
-    steerlab_step_seconds{stage}                how long one step of training takes, as last reported
+    steerlab_stage_seconds{stage}               histogram of the durations of stages that ran
+    steerlab_rows_total{stage}                  rows that streaming stages have processed; its rate is rows/s
+    steerlab_step_seconds{stage}                seconds of a training step, from the last report
     steerlab_train_loss{stage}                  loss of the last step
     steerlab_trials{sweep, state}               trials of a sweep by state
 """
@@ -31,15 +31,15 @@ _SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000]
 """Upper bounds of the buckets of the histogram of stage durations, in seconds."""
 STATES = ("pending", "running", "finished", "pruned", "stopped", "failed")
 _rows: dict[str, float] = {}
-"""Rows that each stage has reported so far, by the stage's key: stages report totals, a counter takes increments."""
+"""Rows that each stage has reported so far, by the stage's key: stages report totals, but a counter takes increments."""
 
 
 def _in_cluster() -> bool:
-    # A process that has not imported Ray is in no cluster, and need not import it to know.
+    # A process that has not imported Ray is not in a cluster, so Ray is not imported for this check.
     return "ray" in sys.modules and ray.is_initialized()
 
 
-# Cached, so that a process has one object for each metric.
+# The functions are cached, so that a process has one object for each metric.
 @cache
 def _counter(name: str, description: str, *tags: str) -> Counter:
     from ray.util.metrics import Counter
@@ -67,9 +67,7 @@ def ended(record: Record) -> None:
         return
     stage = record.stage.name
     # Ray's exporter appends _total to the name of a counter.
-    _counter("stages", "Stages that ended, by what became of them.", "stage", "status").inc(
-        1, {"stage": stage, "status": record.status}
-    )
+    _counter("stages", "Stages that ended, by status.", "stage", "status").inc(1, {"stage": stage, "status": record.status})
     if record.status == "ran":
         _histogram("stage_seconds", "Seconds that stages took.", "stage").observe(record.seconds, {"stage": stage})
 
@@ -88,11 +86,11 @@ def reported(stage: Stage, metrics: Mapping[str, float]) -> None:
         _rows[stage.key] = metrics["done"]
         # A stage that is repeated after a failure reports smaller totals, and a counter must not decrease.
         if more > 0:
-            _counter("rows", "Rows that stages have gone through.", "stage").inc(more, tags)
+            _counter("rows", "Rows that stages have processed.", "stage").inc(more, tags)
 
 
 def trials(sweep: str, states: Mapping[str, int]) -> None:
-    """Export the number of trials of a sweep in each state; states that are missing count 0."""
+    """Export the number of trials of a sweep in each state; missing states count 0."""
     if _in_cluster():
         for state in STATES:
             _gauge("trials", "Trials of a sweep by state.", "sweep", "state").set(

@@ -1,10 +1,10 @@
-"""Services beside W&B to which a run reports: MLflow and TensorBoard, behind one small interface.
+"""Services besides W&B to which a run reports: MLflow and TensorBoard, with one small interface.
 
     TensorBoard   event files in the run folder (`tensorboard/`), for `tensorboard --logdir ROOT/runs`
     MLflow        a run of an experiment, with a nested run for each strength of the patch
 
-Each value of the strength is a point of its own: its parameters (`strength` among them) and its metrics. A run that is resumed
-continues its series: steps that are there already are not written again.
+Each strength is recorded separately, with its parameters (`strength` among them) and its metrics. A resumed run continues its
+series: steps that were already written are not written again.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from steerlab.job import MlflowConfig
 TENSORBOARD = "tensorboard"
 """Folder of the event files, in the run folder."""
 _MOST_TEXT_ROWS = 20
-"""Rows of a table that TensorBoard shows as text."""
+"""Largest number of rows of a table that TensorBoard shows as text."""
 _LONGEST_PARAM = 500
-"""Characters of a parameter's value in MLflow at most (its own limit is 6,000)."""
+"""Largest number of characters of a parameter's value in MLflow (its own limit is 6,000)."""
 
 
 class Recorder(Protocol):
-    """A service that a run reports to. No method waits for a network."""
+    """A service to which a run reports. Only `finish` waits for a server."""
 
     def line(self, step: int, values: Mapping[str, float]) -> None:
         """Record numbers of one step by name, such as `train/loss`."""
@@ -44,16 +44,16 @@ class Recorder(Protocol):
         ...
 
     def point(self, parameters: Mapping[str, Json], metrics: Mapping[str, float]) -> None:
-        """Record one value of the strength: what was set and what was measured."""
+        """Record the parameters and the metrics at one strength."""
         ...
 
     def finish(self, metrics: Mapping[str, float], exit_code: int, wait_s: float) -> None:
-        """Record the final values and close; waits for a server at most so long."""
+        """Record the final values and close; waits for a server at most `wait_s` seconds."""
         ...
 
 
 def flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
-    """Yield the scalars of a config by their paths, `method.angle_rad`; lists become texts, what is null is left out."""
+    """Yield the scalars of a config by their paths, `method.angle_rad`; lists become texts, null values are skipped."""
     for name, value in config.items():
         path = f"{prefix}{name}"
         if isinstance(value, Mapping):
@@ -63,7 +63,7 @@ def flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, 
 
 
 class TensorBoard:
-    """Event files, with the formats of tensorboardX, which Ray Tune brings along."""
+    """Event files, with the formats of tensorboardX, which Ray Tune installs."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -87,11 +87,11 @@ class TensorBoard:
         self._events.write(summary.text(key, "\n".join(shown)), 0)
 
     def point(self, parameters: Mapping[str, Json], metrics: Mapping[str, float]) -> None:
-        """Write a session of the HParams page, in a folder of its own."""
+        """Write a session of the HParams page, in its own folder."""
         from tensorboardX import summary
 
         folder = self._folder / f"strength_{parameters['strength']}"
-        # The session of an earlier process of the run is replaced and not doubled.
+        # The session of an earlier process of the run is replaced.
         for old in folder.glob("events.*"):
             old.unlink()
         given = {key: value for key, value in flat(parameters) if key.partition(".")[0] != "track"}
@@ -115,15 +115,15 @@ class TensorBoard:
 
 
 class _Events:
-    """One event file. What `write` has returned from survives the death of this process.
+    """One event file. After `write` returns, the record survives the death of this process.
 
-    tensorboardX's own writer has a thread and a queue, whose content a kill takes along, and names files by the second, so
-    that a run which is resumed at once would overwrite its first file.
+    tensorboardX's own writer has a queue, whose content is lost if the process is killed, and names files by the second, so
+    that a run that is resumed at once would overwrite its first file.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # By the nanosecond: TensorBoard reads files in the order of their names.
+        # The name contains the time in nanoseconds, since TensorBoard reads files in the order of their names.
         self._file = files.appending(folder / f"events.out.tfevents.{time.time_ns()}.{uuid.uuid4().hex[:8]}")
         self._record(_event(wall_time=time.time(), file_version="brain.Event:2"))
 
@@ -141,7 +141,7 @@ class _Events:
 
         content = event.SerializeToString()
         length = struct.pack("<Q", len(content))
-        # In one call, unbuffered: a kill tears the last record at most.
+        # The record is written by one unbuffered call, so that a kill can truncate only the last record.
         self._file.write(
             length + struct.pack("<I", masked_crc32c(length)) + content + struct.pack("<I", masked_crc32c(content))
         )
@@ -151,7 +151,7 @@ def _event(**fields: object) -> Any:
     """Return an event of TensorBoard's protocol."""
     from tensorboardX.proto import event_pb2
 
-    messages: Any = event_pb2  # its classes are made at run time
+    messages: Any = event_pb2  # protobuf creates its classes at run time
     return messages.Event(**fields)
 
 
@@ -160,7 +160,7 @@ def _cell(text: str) -> str:
 
 
 def last_steps(folder: Path) -> dict[str, int]:
-    """Return the last step of each scalar in the event files of a folder; those of folders below it do not count."""
+    """Return the last step of each scalar in the event files of a folder; subfolders are ignored."""
     steps: dict[str, int] = {}
     for file in sorted(folder.glob("events.out.tfevents.*")):
         for record in _records(file):
@@ -172,18 +172,18 @@ def last_steps(folder: Path) -> dict[str, int]:
 
 
 def _records(file: Path) -> Iterator[bytes]:
-    """Yield the whole records of an event file, as `_Events` writes them."""
+    """Yield the complete records of an event file that `_Events` wrote."""
     content, at = file.read_bytes(), 0
     while at + 12 <= len(content):
         (length,) = struct.unpack_from("<Q", content, at)
         if at + 16 + length > len(content):
-            return  # a kill has torn the last record
+            return  # the last record was truncated by a kill
         yield content[at + 12 : at + 12 + length]
         at += 16 + length
 
 
 class Mlflow:
-    """A run of an MLflow experiment, written by a thread, so that a server that is away stops nothing."""
+    """A run of an MLflow experiment, written by a thread, so that an unreachable server does not block the run."""
 
     def __init__(self, config: MlflowConfig, run_id: str, name: str, parameters: Mapping[str, Json], place: Path) -> None:
         try:
@@ -192,7 +192,7 @@ class Mlflow:
             raise ValueError("track.mlflow needs MLflow: pip install 'steerlab[mlflow]'") from None
         given = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
         uri = given or f"sqlite:///{place / 'mlflow.db'}"
-        # A database alone would put its artifacts into the current folder.
+        # Without a location, MLflow's database would put artifacts into the current folder.
         self._artifacts = None if given else (place / "mlruns").absolute().as_uri()
         self._make: Callable[[], Any] = lambda: MlflowClient(tracking_uri=uri)
         self._config, self._name, self._id, self._parameters = config, name, run_id, dict(parameters)
@@ -219,16 +219,16 @@ class Mlflow:
         self._calls.put(lambda: self._child(parameters, metrics))
 
     def finish(self, metrics: Mapping[str, float], exit_code: int, wait_s: float) -> None:
-        """Record the final values, and wait at most so long for the server."""
+        """Record the final values, and wait at most `wait_s` seconds for the server."""
         status = "FINISHED" if exit_code == 0 else "FAILED"
         self._calls.put(lambda: self._log(self._run, metrics, 0))
         self._calls.put(lambda: self._client.set_terminated(self._run, status))
         self._calls.put(None)
         self._thread.join(max(wait_s, 0.0))
         if self._failed is not None:
-            warnings.warn(f"MLflow: {self._failed}; the run folder has everything", stacklevel=3)
+            warnings.warn(f"MLflow: {self._failed}; the run folder contains everything", stacklevel=3)
         elif self._thread.is_alive() and wait_s > 0:
-            warnings.warn(f"MLflow has not answered within {wait_s:g} s, so that it may lack a part of the run", stacklevel=3)
+            warnings.warn(f"MLflow has not answered within {wait_s:g} s, so it may lack a part of the run", stacklevel=3)
 
     def _serve(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -236,11 +236,11 @@ class Mlflow:
                 continue
             try:
                 call()
-            except Exception as error:  # its client raises errors of many kinds, and none of them may end a run
+            except Exception as error:  # MLflow's client raises errors of many kinds, none of which may end a run
                 self._failed = texts.plain(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
     def _open(self) -> None:
-        """Open the run, or the one that an earlier process of it has opened."""
+        """Open the run, or reopen it if an earlier process has created it."""
         self._client = self._make()
         existing = self._client.get_experiment_by_name(self._config.experiment)
         experiment = existing.experiment_id if existing is not None else self._created()
@@ -262,7 +262,7 @@ class Mlflow:
 
         run = self._client.create_run(self._experiment, run_name=name, tags=dict(tags))
         given = [Param(_spelt(key), str(value)[:_LONGEST_PARAM]) for key, value in flat(parameters)]
-        # MLflow takes 100 parameters at a time.
+        # MLflow accepts at most 100 parameters per call.
         for start in range(0, len(given), 100):
             self._client.log_batch(run.info.run_id, params=given[start : start + 100])
         return str(run.info.run_id)
@@ -271,7 +271,7 @@ class Mlflow:
         name = f"{self._name} strength {parameters['strength']}"
         of_point = f"{self._id}-{parameters['strength']}"
         if self._client.search_runs([self._experiment], f"tags.`steerlab.run_id` = '{of_point}'"):
-            return  # an earlier process of the run has recorded it
+            return  # an earlier process of the run has recorded this strength
         run = self._new(name, {"mlflow.parentRunId": self._run, "steerlab.run_id": of_point}, parameters)
         self._log(run, metrics, 0)
         self._client.set_terminated(run, "FINISHED")

@@ -1,4 +1,4 @@
-"""The history of an open W&B run: events of its spool, sent as lines that each have one step."""
+"""The history of an open W&B run: the events of its spool, each sent as a line with its own step."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 _E = TypeVar("_E", Line, StageEnded)
 _LINES = ("log", "table", "gallery", "images")
 """Kinds of events that become lines of the W&B run's history."""
-_RESUMED = "a process of this run was lost before it could say that it ended"
+_RESUMED = "a process of this run died before it recorded its end"
 
 
 class History:
-    """Sends the events of a spool to an open run. Line k of the spool is step k of the run's history."""
+    """Send the events of a spool to an open run. Line k of the spool is step k of the run's history."""
 
     def __init__(self, run: wandb.Run, directory: Path) -> None:
         self.run = run
@@ -36,16 +36,16 @@ class History:
         """Step axes that were defined in the run."""
         self.first = directory / spool.FIRST
         self.lost_after: int | None = None
-        """Number of lines of the spool after which lines are missing that the server has; None if none are."""
+        """Number of lines of the spool after which lines of the server are missing; None if none are missing."""
         earlier = [event["kind"] for event in spool.read(self.events)]
-        # Those of earlier processes of the run: in between, the file was lost with its machine, or cut short.
+        # Lines of earlier processes of the run. If the spool has fewer than the server, it was lost or truncated in between.
         num_earlier = sum(kind in _LINES for kind in earlier[: _last(earlier, "open")])
         if self.first.exists():
             self.number = saved.read(self.first, spool.First).step
             if self.held > self.number + sum(kind in _LINES for kind in earlier):
                 self.lost_after = num_earlier
         elif self.held and not num_earlier:
-            # The spool has lines of this process only, yet the server has some.
+            # The spool has only lines of this process, but the server already has others.
             self.lost_after = 0
 
     def send(self, ended: Callable[[], bool]) -> int:
@@ -66,14 +66,14 @@ class History:
     def _line(self, event: Line) -> None:
         if event["kind"] == "log" and event["axis"] not in self.axes:
             self.axes.add(event["axis"])
-            # W&B's own step counts all lines of the run; each stage gets an axis that starts at its own first step.
+            # W&B's own step counts all lines of the run, so each stage gets an axis with its own steps.
             self.run.define_metric(event["axis"])
             self.run.define_metric(event["axis"].rpartition("/")[0] + "/*", step_metric=event["axis"])
         if self.seen == self.lost_after:
             # The lines of this process continue after those that the server has.
             self.number = self.held
             self.first.unlink(missing_ok=True)
-        # Lines before `held` were sent by an earlier process. They are counted, so that line k keeps step k.
+        # Lines before `held` were sent by an earlier process. They are counted, so that line k has step k.
         if self.number >= self.held and not self._is_known(event):
             if self.online and not self.first.exists():
                 spool.write_json(self.first, {"step": self.number - self.seen})
@@ -103,19 +103,19 @@ class History:
     def _image(self, path: str, caption: str | None = None) -> wandb.Image:
         import wandb
 
-        # A spool may come from somebody else: its paths must not send other images of this machine to W&B.
+        # A spool may come from another person: its paths must not send other images of this machine to W&B.
         if not Path(path).resolve().is_relative_to(self.folder.resolve()):
-            raise ValueError(f"{path} is no image of the run in {self.folder}")
+            raise ValueError(f"{path} is not an image of the run in {self.folder}")
         files.check(Path(path))
         return wandb.Image(path, caption=caption)
 
     def _is_known(self, event: Line) -> bool:
-        """Say whether the server already has this line from a spool that is lost."""
+        """Return whether the server already has this line from a lost spool."""
         if not self.held or event["kind"] != "log" or self.number > self.held:
             return False
         last = self.run.summary.get(event["axis"])
         is_known = last is not None and step_of(event) <= last
-        self.number -= is_known  # the caller counts the line, which must not take a step of its own
+        self.number -= is_known  # the caller counts the line, which must not get another step
         return is_known
 
 
@@ -124,13 +124,13 @@ def _last(kinds: Sequence[str], kind: str) -> int:
 
 
 def _keep(event: _E, send: Callable[[_E], None]) -> None:
-    """Send one event. An event that W&B refuses is left out and named in the log, so that the rest of the run is sent."""
+    """Send one event. An event that W&B refuses is skipped and logged, so that the rest of the run is sent."""
     import wandb
 
     try:
         send(event)
     except (OSError, ValueError, TypeError, wandb.Error) as error:
-        print(f"left out {event['kind']} {event.get('key', '')}: {error}", flush=True)
+        print(f"skipped {event['kind']} {event.get('key', '')}: {error}", flush=True)
 
 
 def _link(run: wandb.Run, event: StageEnded, online: bool) -> None:
@@ -151,7 +151,7 @@ def _link(run: wandb.Run, event: StageEnded, online: bool) -> None:
     if event["status"] == "ran":
         run.log_artifact(artifact)
     if not online:
-        return  # W&B's client cannot use artifacts offline; the metadata of the artifact names its inputs
+        return  # W&B's client cannot use artifacts offline; instead, the artifact's metadata contains its inputs
     for name, key, uri in event["inputs"] if event["status"] == "ran" else []:
         run.use_artifact(reference(name, key, uri))
     if event["status"] == "cached":

@@ -1,10 +1,10 @@
-"""The spool of a run: an append-only file of events, written without waiting for a network.
+"""The spool of a run: an append-only file of events, written without waiting for the network.
 
 The driver appends events; the writer process reads them and sends them to Weights & Biases. The number of a history line in
 the file is its step in the W&B run, so when the file is sent again after a kill or a lost connection, no line is skipped or
 doubled.
 
-A line is `[event, sum]`, with the XXH3 sum of the event. Earlier versions wrote the event alone.
+A line is `[event, sum]`, with the XXH3 sum of the event. Earlier versions wrote only the event.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from pydantic import model_validator
-from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from steerlab.guards import files, saved, texts
 from steerlab.guards.json_values import JsonObject
@@ -30,7 +30,7 @@ STATUS = "status.json"
 FIRST = "first.json"
 """File with the step that the spool's first line has on W&B's server, written when that line is sent.
 
-It is 0, unless an earlier spool of the same run was lost after its lines had been sent.
+The step is 0, unless an earlier spool of the same run was lost after its lines had been sent.
 """
 
 
@@ -46,7 +46,7 @@ class Status(TypedDict, total=False):
     state: str
     """`online`, `offline` or `failed`."""
     reason: str | None
-    """Why the run is not sent online; None if it is."""
+    """Why the run is not sent online; None if it is sent."""
     files: str
     """Folder of W&B's client for this run."""
     done: bool
@@ -60,7 +60,7 @@ class Spool:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.mode = str(settings["mode"])
-        (directory / STATUS).unlink(missing_ok=True)  # that of an earlier process of the run
+        (directory / STATUS).unlink(missing_ok=True)  # the status of an earlier process of the run
         # The command and the URIs of a job may hold passwords, and the spool is sent to a server.
         masked = {name: texts.everywhere(texts.without_secrets, value) for name, value in settings.items()}
         write_json(directory / SETTINGS, masked)
@@ -75,7 +75,7 @@ class Spool:
         except ValueError:
             self._file.close()
             raise
-        # Tells the events of this process from those of earlier processes of the run (see `follow`).
+        # This event separates the events of this process from those of earlier processes of the run (see `follow`).
         self.append({"kind": "open"})
 
     def append(self, event: Event) -> None:
@@ -109,12 +109,12 @@ class _Log(saved.Shape):
     @model_validator(mode="after")
     def _check(self) -> _Log:
         if not isinstance(self.data.get(self.axis), int | float):
-            raise ValueError(f"data holds no number of the axis {self.axis!r:.60}")
+            raise ValueError(f"data has no number under the axis {self.axis!r:.60}")
         return self
 
 
 _Written: Any = dict[str, object] | tuple[dict[str, object], str]
-"""An event, as earlier versions wrote it, or an event with its sum."""
+"""An event alone, from earlier versions, or an event with its sum."""
 
 
 class _Kind(saved.Shape):
@@ -128,15 +128,15 @@ def _event(line: bytes, where: str) -> Event:
         written = saved.parsed(line, _Written, where)
         content, wanted = (written, None) if isinstance(written, dict) else written
         if wanted is not None and wanted != json_sum(content):
-            raise saved.SavedError(f"{where} has another content than when it was written")
+            raise saved.SavedError(f"{where} has changed since it was written")
         event = saved.like(content, _Kind, where)
         return saved.like(event, _Log, where) if event["kind"] == "log" else event
     except saved.SavedError as error:
-        raise saved.SavedError(f"{error}; remove the folder of this file, and W&B receives what follows") from None
+        raise saved.SavedError(f"{error}; remove the folder of this file, then W&B receives later events") from None
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Open the file for appending, after cutting off an incomplete last line that a kill may have left."""
+    """Open the file for appending, after removing an incomplete last line that a kill may have left."""
     opened = files.appending(path)  # refuses a link, so that no other file is truncated
     whole = files.read(path)
     if not whole.endswith(b"\n"):
@@ -157,8 +157,8 @@ def follow(path: Path, ended: Callable[[], bool], poll_s: float = 0.1) -> Iterat
 
     Args:
         path: the file of events.
-        ended: says whether no process will write more events.
-        poll_s: seconds between two looks at the file.
+        ended: returns True if no process will write more events.
+        poll_s: seconds between two reads of the file.
     """
     # A resumed run has the events of several processes in one file, each after an `open`. Only a `finish` after the last
     # `open` ends the run.
@@ -166,9 +166,9 @@ def follow(path: Path, ended: Callable[[], bool], poll_s: float = 0.1) -> Iterat
     with path.open("rb") as file:
         opened, rest = 0, b""
         while True:
-            over = ended()  # asked before the read: what is written in between is read in the next round
+            over = ended()  # called before the read, so that events written in between are read in the next iteration
             rest += file.read()
-            # A line that is still being written has no line end yet, and stays in `rest`.
+            # An unfinished line has no line end yet and remains in `rest`.
             *lines, rest = rest.split(b"\n")
             for line in lines:
                 event = _event(line, str(path))
@@ -189,13 +189,13 @@ def read_status(directory: Path) -> Status:
 
 
 class Settings(saved.Shape):
-    """How a spool is sent to W&B: the file SETTINGS."""
+    """Settings for sending a spool to W&B: the file SETTINGS."""
 
     mode: Literal["online", "offline"]
     project: str
     entity: str | None = None
     reason: str | None = None
-    """Why the run is not sent online; None if it is."""
+    """Why the run is not sent online; None if it is sent."""
     url: str | None = None
     """Address of the server; None for W&B's own."""
     id: str = ""
@@ -207,23 +207,23 @@ class Settings(saved.Shape):
     tags: list[str] = []
     config: dict[str, object] = {}
     pid: int | None = None
-    """Process of the run, whose use of CPU and memory W&B records."""
+    """Id of the run's process, whose use of CPU and memory W&B records."""
     program: str | None = None
 
 
 def settings_of(directory: Path) -> Settings:
-    """Read how a spool is sent. Raises ValueError if the file is damaged."""
+    """Read the settings for sending a spool. Raises ValueError if the file is damaged."""
     return saved.read(directory / SETTINGS, Settings)
 
 
 def read_settings(directory: Path) -> JsonObject:
-    """Read how a spool is sent, as a dict with all keys of the file. Raises ValueError if the file is damaged."""
+    """Read the settings for sending a spool, as a dict with all keys of the file. Raises ValueError if the file is damaged."""
     return saved.read_like(directory / SETTINGS, Settings)
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write a JSON file atomically: a reader sees the old content or the new one."""
-    # The process id keeps the driver and the writer, which both write here, from using one temporary file.
+    # The name contains the process id, since the driver and the writer both write here.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content))
     temporary.replace(path)

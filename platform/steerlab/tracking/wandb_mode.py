@@ -22,8 +22,8 @@ def mode_of(track: TrackConfig) -> str:
 
 
 def has_key() -> bool:
-    """Say whether an API key is set, in the environment or in the netrc file where `wandb login` stores it."""
-    # W&B's client could answer this too, but it takes 0.2 s to import and caches its first answer.
+    """Return whether an API key is set, in the environment or in the netrc file where `wandb login` stores it."""
+    # W&B's client has a function for this, but takes 0.2 s to import and caches its first answer.
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()

@@ -1,4 +1,4 @@
-"""The writer: a separate process that sends runs to Weights & Biases, so that waiting for a server never slows a run.
+"""The writer: a separate process that sends runs to Weights & Biases, so that a slow server never delays a run.
 
 `python -m steerlab.tracking.writer` reads spool directories from its standard input, one per line, and sends each as one W&B
 run with W&B's client. When the input ends, because the driver has finished or died, the writer sends the rest of the spools
@@ -38,15 +38,15 @@ _POLL_S = 0.1
 
 def main() -> None:
     """Serve the spools that standard input names until it ends; with `--detach`, in a forked process."""
-    # Ray kills the child processes of a worker that ends, and the trial of a sweep ends before its metrics are sent. After the
+    # Ray kills the child processes of a worker that ends, but the trial of a sweep ends before its metrics are sent. After the
     # fork, the parent exits and the writer is no longer a child of the worker.
     if "--detach" in sys.argv and os.fork():
         os._exit(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the driver; the writer still has to send the end of the run
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the driver, but the writer must still send the end of the run
     ended = threading.Event()
     threads = []
     for line in sys.stdin:
-        # Daemon threads, so that one that hangs in a call to the server does not keep the process alive.
+        # The threads are daemons, so that one that hangs in a call to the server does not keep the process alive.
         threads.append(threading.Thread(target=_guarded, args=(Path(line.rstrip("\n")), ended.is_set), daemon=True))
         threads[-1].start()
     ended.set()
@@ -54,12 +54,12 @@ def main() -> None:
     for thread in threads:
         thread.join(max(0.0, deadline_s - time.monotonic()))
     sys.stdout.flush()
-    # Not sys.exit: W&B would wait for its own uploads again, without a bound.
+    # With sys.exit, W&B would wait for its own uploads again, without a limit.
     os._exit(0)
 
 
 def _guarded(directory: Path, ended: Callable[[], bool]) -> None:
-    """Send a spool; an error of any kind becomes its status."""
+    """Send a spool; any error is recorded as the spool's status."""
     try:
         write(directory, ended)
     except BaseException as error:
@@ -68,7 +68,7 @@ def _guarded(directory: Path, ended: Callable[[], bool]) -> None:
 
 
 def write(directory: Path, ended: Callable[[], bool]) -> None:
-    """Send one spool as a W&B run, from the first line that the server lacks; offline if the server refuses the run."""
+    """Send one spool as a W&B run, from the first line that the server lacks on; offline if the server refuses the run."""
     import wandb
 
     settings = spool.settings_of(directory)
@@ -98,9 +98,9 @@ def _send(run: wandb.Run, settings: spool.Settings, directory: Path, ended: Call
 
 def _write_offline(settings: Mapping[str, object], directory: Path, ended: Callable[[], bool]) -> None:
     """Write a spool offline, in a separate process."""
-    # In this process, W&B's client still holds the run that the server refused, and would not open it a second time.
+    # W&B's client in this process still holds the refused run, and would not open it a second time.
     spool.write_json(directory / spool.SETTINGS, settings)
-    # The variable leads to the service process of this process's W&B client, which the new process must not join.
+    # The variable refers to the service process of this process's W&B client, which the new process must not use.
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "steerlab.tracking.writer"], stdin=subprocess.PIPE, env=environment, cwd=files.OWN_FOLDER
@@ -139,17 +139,17 @@ def _open(settings: spool.Settings, directory: Path) -> wandb.Run:
         dir=str(directory),
         mode=settings.mode,
         resume="allow",  # continue the run of this id if the server has it
-        reinit="create_new",  # several runs are open in this process at the same time, one in each thread
+        reinit="create_new",  # each thread of this process has one open run
         settings=wandb.Settings(
             silent=True,
-            console="off",  # the output of the writer is not that of the run
-            # Runs that were offline are put on the sweep's page by `sweep_page.send`.
+            console="off",  # the output of the writer does not belong to the run
+            # `sweep_page.send` puts offline runs on the sweep's page.
             sweep_id=settings.sweep_id if settings.mode == "online" else None,
             init_timeout=INIT_S,
             finish_timeout=FINISH_S,
             x_stats_pid=settings.pid or os.getpid(),
             program=settings.program,
-            # Few and short retries: a server that does not answer makes the run an offline run, which can be sent later.
+            # Retries are few and short: if the server does not answer, the run becomes an offline run, which can be sent later.
             x_graphql_retry_max=4,
             x_graphql_timeout_seconds=10,
         ),
@@ -157,10 +157,10 @@ def _open(settings: spool.Settings, directory: Path) -> wandb.Run:
 
 
 def _drop_older(run: wandb.Run) -> None:
-    """Remove the offline files that earlier processes of this run wrote: the new files hold the run from its first line."""
+    """Remove the offline files that earlier processes of this run wrote: the new files contain the whole run."""
     import shutil
 
-    # An offline run cannot be continued, so each process of a run writes all of it again, into a new folder.
+    # An offline run cannot be continued, so each process of a run writes the whole run again, into a new folder.
     newest = Path(run.settings.sync_dir)
     for older in newest.parent.glob(f"offline-run-*-{run.id}"):
         if older != newest:

@@ -1,4 +1,4 @@
-"""The process that sends spools to W&B: it is started with the first run, given each spool, and waited for at the end."""
+"""Start the process that sends spools to W&B with the first run, pass each spool to it, and wait for it at the end."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ open_spools: list[Spool] = []
 
 
 def drain(wait_s: float) -> None:
-    """Wait at most `wait_s` seconds for the writer of all runs that are finished, and warn of those that were not sent."""
+    """Wait at most `wait_s` seconds for the writer of all finished runs, and warn of those that were not sent."""
     deadline_s = time.monotonic() + wait_s
-    # One deadline for all runs: with a server that is away, a sweep of many runs should not wait for each.
+    # All runs share one deadline: if the server is unreachable, a sweep of many runs should not wait for each run.
     for run_spool in open_spools:
         while not is_settled(run_spool) and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
@@ -62,14 +62,14 @@ def send(directory: Path) -> spool.Status:
         raise ValueError(NO_KEY)
     settings = spool.read_settings(directory)
     spool.write_json(directory / spool.SETTINGS, {**settings, "mode": "online", "reason": None})
-    # Else the status of an earlier attempt would be read if the writer dies before its first word.
+    # Otherwise, if the writer dies before it writes a status, that of an earlier attempt would be returned.
     (directory / spool.STATUS).unlink(missing_ok=True)
     started(directory).communicate(f"{directory}\n".encode())
     return spool.read_status(directory)
 
 
 def serve(directory: Path) -> None:
-    """Give a spool to this process's writer. The writer starts with the first spool, and again if it has died."""
+    """Pass a spool to this process's writer, which is started with the first spool and restarted if it has died."""
     global _writer
     line = f"{directory}\n".encode()
     if _writer is not None:
@@ -80,7 +80,7 @@ def serve(directory: Path) -> None:
             # The writer died, for example because the machine ran out of memory.
             _writer = None
     starter = started(directory, "--detach")
-    starter.wait()  # it forks and exits at once; without `wait` it would stay as a zombie process
+    starter.wait()  # it forks and exits at once; without `wait` it would remain as a zombie process
     assert starter.stdin is not None
     _writer = starter.stdin
     _writer.write(line)
@@ -88,8 +88,8 @@ def serve(directory: Path) -> None:
 
 def started(directory: Path, *options: str) -> subprocess.Popen[bytes]:
     """Start a writer process that logs to writer.log in `directory`."""
-    # A session of its own, since Ctrl-C goes to all processes of the terminal's session. -P and `cwd` keep modules of the
-    # current folder from being imported instead of real ones.
+    # It gets its own session, since Ctrl-C goes to all processes of the terminal's session. -P and `cwd` keep modules of the
+    # current folder from being imported.
     paths = [str(files.SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with files.appending(directory / "writer.log") as log:
         return subprocess.Popen(
@@ -100,20 +100,20 @@ def started(directory: Path, *options: str) -> subprocess.Popen[bytes]:
 
 
 def is_settled(run_spool: Spool) -> bool:
-    """Say whether the writer is done with a spool, or has given it up."""
+    """Return whether the writer has finished a spool or given it up."""
     status = run_spool.status()
     return bool(status.get("done")) or status.get("state") == "failed"
 
 
 def explain(run_spool: Spool) -> None:
-    """Warn if a run was not sent to W&B as its job says."""
+    """Warn if a run was not sent to W&B although its job tracks it."""
     status = run_spool.status()
     reason = status.get("reason")
     again = f"send it again with `steerlab wandb-send {run_spool.directory.parent}`"
     if status.get("state") == "failed":
         warnings.warn(f"W&B: {reason}; {again}", stacklevel=3)
     elif status.get("state") == "offline" and reason not in OFFLINE_REASONS:
-        # Without a key there was a warning at the start of the run, and an offline job needs none.
+        # A missing key caused a warning at the start of the run, and an offline job needs no warning.
         warnings.warn(f"W&B: {reason}; the run is written offline; {again}", stacklevel=3)
     elif not is_settled(run_spool) and run_spool.mode == "online":
         warnings.warn(

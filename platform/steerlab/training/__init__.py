@@ -1,1 +1,1 @@
-"""The method-blind training loop, DeepSpeed under it and Ray Train around it."""
+"""The training loop, which does not depend on the method; it runs on DeepSpeed inside Ray Train."""

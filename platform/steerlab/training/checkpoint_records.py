@@ -1,4 +1,4 @@
-"""The records of a checkpoint's files, one of each rank, and the comparison of the files with them."""
+"""The records of a checkpoint's files, one per rank, and the verification of the files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from steerlab.guards import saved
 from steerlab.storage.whole import is_intact, xxh3
 
 _LONGEST_RECORD = 2**20
-"""Bytes of a record at most; it names a handful of files."""
+"""Largest size of a record in bytes; a record lists only a few files."""
 _RECORD = re.compile(r"rank[0-9]+\.json")
 
 
 class File(saved.Shape):
-    """Size and sum of a file when it was written."""
+    """Size and checksum of a file when it was written."""
 
     bytes: int
     xxh3: str
@@ -33,10 +33,10 @@ class Best(saved.Shape):
 
 
 class Record(saved.Shape):
-    """What a rank has written into a checkpoint."""
+    """The files that a rank has written into a checkpoint."""
 
     attempt: str
-    """Random text that all ranks of one attempt at the training share: their files belong together."""
+    """Random text that all ranks of one attempt share, which marks files that belong together."""
     world_size: int
     best: Best | None = None
     """The evaluated step with the lowest loss up to this checkpoint; None if none was evaluated."""
@@ -44,7 +44,7 @@ class Record(saved.Shape):
 
 
 class NotWhole(Exception):
-    """A checkpoint is damaged or was never finished; the message says what is wrong with it."""
+    """A checkpoint is damaged or was never finished; the message gives the reason."""
 
 
 def record_name(rank: int) -> str:
@@ -54,12 +54,12 @@ def record_name(rank: int) -> str:
 
 def records(fs: pafs.FileSystem, folder: str) -> list[Record]:
     """Return the records of all ranks of a checkpoint. Raises NotWhole if one is missing, damaged or of another attempt."""
-    # Rank 0's record says how many ranks wrote this checkpoint.
+    # Rank 0's record contains the number of ranks that wrote this checkpoint.
     first = _record(fs, folder, 0)
     of_ranks = [first, *(_record(fs, folder, rank) for rank in range(1, first.world_size))]
-    # A zombie of an earlier attempt may have finished its part of this step after its successor began.
+    # A process of an earlier attempt may have finished its part of this step after the next attempt began.
     if {(record.attempt, record.world_size) for record in of_ranks} != {(first.attempt, first.world_size)}:
-        raise NotWhole(f"{folder} holds files of two attempts")
+        raise NotWhole(f"{folder} has files of two attempts")
     return of_ranks
 
 
@@ -68,9 +68,9 @@ def _record(fs: pafs.FileSystem, folder: str, rank: int) -> Record:
     info = fs.get_file_info(path)
     if info.type != pafs.FileType.File:
         raise NotWhole(f"{path} is missing, as after a kill")
-    # Before it is read: a record may come from a stranger, and be of any size.
+    # The size is checked first, since a record may come from a stranger and have any size.
     if info.size > _LONGEST_RECORD:
-        raise NotWhole(f"{path} has {info.size:,} bytes; such a file has {_LONGEST_RECORD:,} at most")
+        raise NotWhole(f"{path} has {info.size:,} bytes; a record has at most {_LONGEST_RECORD:,}")
     with fs.open_input_stream(path) as stream:
         content = stream.read()
     try:
@@ -78,34 +78,34 @@ def _record(fs: pafs.FileSystem, folder: str, rank: int) -> Record:
         record = saved.checked(values, Record, path)
     except saved.SavedError as error:
         raise NotWhole(str(error)) from None
-    # By the sum within the record: a truncated or edited JSON may still be valid.
+    # The checksum is compared, since truncated or edited JSON may still be valid.
     if not is_intact(values):
-        raise NotWhole(f"{path} has another content than when it was written")
+        raise NotWhole(f"{path} has changed since it was written")
     return record
 
 
 def expected(fs: pafs.FileSystem, folder: str) -> dict[str, File]:
-    """Return what the records say of the files of a checkpoint. Raises NotWhole if others are there, or some are not."""
+    """Return the files in the records of a checkpoint by path. Raises NotWhole if the folder has other files, or lacks some."""
     named = {path: file for record in records(fs, folder) for path, file in record.files.items()}
     try:
         sizes = {info.path.removeprefix(f"{folder}/"): info.size for info in remote.files_below(fs, folder)}
     except SourceError as error:
         raise NotWhole(str(error)) from None
-    # DeepSpeed would load a file that somebody has added.
+    # DeepSpeed would also load an added file.
     extra = sorted(path for path in sizes.keys() - named.keys() if not _RECORD.fullmatch(path))
     if extra:
-        raise NotWhole(f"{folder}/{extra[0]} is named by no record")
+        raise NotWhole(f"{folder}/{extra[0]} is not in any record")
     for path, file in sorted(named.items()):
         if path not in sizes:
             raise NotWhole(f"{folder}/{path} is missing")
-        # Sizes first, for all files: a listing costs nothing, a sum reads gigabytes.
+        # All sizes are compared first: a listing is cheap, while checksums need gigabytes to be read.
         if sizes[path] != file.bytes:
-            raise NotWhole(f"{folder}/{path} has {sizes[path]:,} bytes, its record says {file.bytes:,}")
+            raise NotWhole(f"{folder}/{path} has {sizes[path]:,} bytes, but its record has {file.bytes:,}")
     return named
 
 
 def compare(directory: Path, named: Mapping[str, File]) -> None:
-    """Raise NotWhole if a file of a local directory has another content than its record says."""
+    """Raise NotWhole if a file of a local directory does not match its record."""
     for path, file in sorted(named.items()):
         if xxh3(directory / path) != file.xxh3:
-            raise NotWhole(f"{directory / path} has another content than when it was written")
+            raise NotWhole(f"{directory / path} has changed since it was written")

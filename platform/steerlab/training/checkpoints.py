@@ -1,6 +1,6 @@
-"""Checks of training checkpoints, whose files may come from a stranger: sizes before reading, contents before they are loaded.
+"""Check training checkpoints, whose files may come from a stranger: sizes before reading, contents before loading.
 
-A checkpoint in shared storage may be damaged, belong to another training, or be made to take all memory or to run code.
+A checkpoint in shared storage may be damaged, belong to another training, or be crafted to exhaust the memory or to run code.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from steerlab.guards.faults import explained, is_for_people
 from steerlab.guards.json_values import JsonObject
 
 META = "steerlab.json"
-# A million steps with a few metrics each fit into the first, a description of a hundred thousand tensors into the second.
+# The first size fits a million steps with a few metrics each, the second one a description of a hundred thousand tensors.
 _LONGEST_META, _LONGEST_PICKLE = 2**28, 2**26
-"""Most bytes of `steerlab.json`, which holds the metrics of every step, and of the pickle that describes a file's tensors."""
+"""Largest bytes of `steerlab.json`, which has the metrics of every step, and of the pickle that describes a file's tensors."""
 _ARCHIVE, _PICKLES = b"PK\x03\x04", 5
 """First bytes of torch's zip format, and number of pickles in its older format, which DeepSpeed writes: magic number, protocol
 version, system, tensors, names of storages."""
 _MOST_SHARING = 8
-"""Most names by which a file may refer to the bytes of one tensor; tied weights have two."""
+"""Largest number of names by which a file may refer to the bytes of one tensor; tied weights have two."""
 _STATES = re.compile(r"(bf16_)?(zero_pp_rank_[0-9]+_)?mp_rank_00_(model|optim)_states\.pt")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 class _Meta(saved.Shape):
-    """Contents of `steerlab.json`: the scale at which the checkpoint was written, and the state of the loop."""
+    """Contents of `steerlab.json`: workers and ZeRO stage of the checkpoint, and the state of the loop."""
 
     world_size: int = Field(ge=1)
     zero_stage: int = Field(ge=0, le=3)
@@ -54,7 +54,7 @@ class _State(saved.Shape):
 
 
 class LoopState(TypedDict):
-    """The loop's part of a checkpoint; the engine writes the rest."""
+    """The loop's part of a checkpoint; the engine writes the other files."""
 
     step: int
     """Number of finished steps."""
@@ -68,11 +68,11 @@ def read_meta(directory: Path) -> _Meta:
         files.check(directory / META, _LONGEST_META)
         return saved.read(directory / META, _Meta)
     except FileNotFoundError:
-        raise ValueError(f"{directory} is no checkpoint: it has no {META}") from None
+        raise ValueError(f"{directory} is not a checkpoint: it has no {META}") from None
 
 
 def check_state(state: JsonObject, steps: int, directory: Path) -> LoopState:
-    """Return the state of the loop, checked.
+    """Check the state of the loop and return it.
 
     Args:
         state: the state as it was read.
@@ -84,7 +84,7 @@ def check_state(state: JsonObject, steps: int, directory: Path) -> LoopState:
     """
     where = f"{directory / META}: state"
     loop_state = saved.checked(state, _State, where)
-    # The history has one line for each step, numbered from 1: the loop reads its end, the report all of it.
+    # The history has one line for each step, numbered from 1: the loop uses its end, the report all of it.
     if loop_state.step > steps or [line.step for line in loop_state.history] != list(range(1, loop_state.step + 1)):
         raise ValueError(
             f"{where} is at step {loop_state.step} with {len(loop_state.history)} lines of history; the training has {steps}"
@@ -101,7 +101,7 @@ def read_snapshots(path: Path, module: nn.Module, steps: Sequence[int]) -> dict[
     for name, value in snapshots.items():
         step, _, weight = name.partition("/")
         if step not in map(str, steps) or own.get(f"patch.{weight}", value.shape) != value.shape:
-            raise ValueError(f"{path}: {name!r:.100} with {tuple(value.shape)} is no snapshot of this training")
+            raise ValueError(f"{path}: {name!r:.100} with {tuple(value.shape)} is not a snapshot of this training")
     return snapshots
 
 
@@ -109,21 +109,21 @@ def check_files(folder: Path) -> None:
     """Check the tensor files of a checkpoint before DeepSpeed reads them.
 
     Raises:
-        ValueError: a file is not one of tensors, has a foreign name, or unpacks to more bytes than it has.
+        ValueError: a file does not contain tensors only, has an unexpected name, or unpacks to more bytes than its size.
     """
-    # Sorted, so that the message of a damaged checkpoint names the same file each time.
+    # The paths are sorted, so that the message of a damaged checkpoint names the same file each time.
     paths = sorted(folder.glob("*_states.pt"))
     if not paths:
-        raise ValueError(f"{folder} holds no part of a checkpoint")
+        raise ValueError(f"{folder} has no part of a checkpoint")
     for path in paths:
         # DeepSpeed loads every file that matches its own, wider patterns.
         if not _STATES.fullmatch(path.name):
-            raise ValueError(f"{path} is no part of a checkpoint of this training")
+            raise ValueError(f"{path} is not a part of a checkpoint of this training")
         check_file(path)
 
 
 def check_file(path: Path) -> None:
-    """Check that a file is one of tensors in either of torch's formats, with a small description. Raises ValueError."""
+    """Check that a file has one of torch's two formats for tensors, with a small description. Raises ValueError."""
     # Reading a pipe or a device would not end.
     files.check(path)
     with path.open("rb") as file:
@@ -133,29 +133,29 @@ def check_file(path: Path) -> None:
     except Exception as error:  # on damaged files `zipfile` and `pickletools` raise any kind of error
         if is_for_people(error):
             raise
-        raise ValueError(f"{path} cannot be read, as if it was not copied to its end: {error!s:.100}") from None
+        raise ValueError(f"{path} cannot be read; it may be truncated: {error!s:.100}") from None
     if described > _LONGEST_PICKLE:
-        raise ValueError(f"{path} describes its tensors in more than {_LONGEST_PICKLE:,} bytes, which are enough")
+        raise ValueError(f"{path} describes its tensors in more than {_LONGEST_PICKLE:,} bytes, the limit")
 
 
 def _described_in_archive(path: Path) -> int:
     """Return the number of bytes that describe the tensors in a zip archive. Raises ValueError for compressed members."""
-    # torch stores members uncompressed. A compressed one could unpack to terabytes.
-    # The directory of the archive alone is read here, no member.
+    # torch stores members uncompressed; a compressed one could unpack to terabytes. Only the directory of the archive is read
+    # here, not its members.
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     packed = [member for member in members if member.compress_type != zipfile.ZIP_STORED]
     if packed or sum(member.file_size for member in members) > path.stat().st_size:
-        raise ValueError(f"{path} unpacks to more bytes than it has, which no file of torch does")
+        raise ValueError(f"{path} has compressed members, which torch does not write")
     return sum(member.file_size for member in members if member.filename.endswith("data.pkl"))
 
 
 def _described_in_pickles(path: Path) -> int:
-    """Return the number of bytes of the pickles at the start of a file of the older format, at most one above the limit."""
+    """Return the number of bytes of the pickles at the start of a file of the older format, or the limit plus one."""
     # `genops` parses a pickle without running it; the tensors' raw numbers come after the pickles.
     with path.open("rb") as file:
         for _ in range(_PICKLES):
-            # The position bounds what has been parsed: an endless pickle is left at the limit.
+            # The position is the number of parsed bytes, so that parsing of an endless pickle stops at the limit.
             for _code, _argument, position in pickletools.genops(file):
                 if (position or 0) > _LONGEST_PICKLE:
                     return _LONGEST_PICKLE + 1
@@ -168,19 +168,19 @@ def check_tensors(loaded: object, path: Path) -> None:
     Raises:
         ValueError: a tensor is sparse, quantised, or repeats few stored numbers; or all are together larger than the file.
     """
-    # A stride of 0 makes a tensor of any size from one stored number; the first copy of it would take all memory.
+    # A stride of 0 makes a tensor of any size from one stored number; the first copy of it would exhaust the memory.
     total, most = 0, _MOST_SHARING * path.stat().st_size
     for tensor in _tensors(loaded):
         if tensor.layout != torch.strided or tensor.is_quantized or _is_spread(tensor):
-            raise ValueError(f"{path} holds a tensor {_shown(tensor)} whose numbers are not in the file")
+            raise ValueError(f"{path} holds a tensor {_shown(tensor)} whose values are not all in the file")
         total += tensor.numel() * tensor.element_size()
-        # All together: many tensors of allowed size could still be more than memory holds.
+        # The sum is checked too: many tensors of allowed sizes could still exceed the memory.
         if total > most:
-            raise ValueError(f"{path} holds tensors of more than {most:,} bytes, {_MOST_SHARING} times what it has")
+            raise ValueError(f"{path} has tensors of more than {most:,} bytes, {_MOST_SHARING} times its size")
 
 
 def _is_spread(tensor: Tensor) -> bool:
-    # Either a stride of 0, or a view larger than the storage that it points into.
+    # A tensor repeats values if it has a stride of 0, or is a view larger than its storage.
     repeats = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return repeats or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
 
@@ -214,17 +214,17 @@ def check_module(weights: object, own: Mapping[str, Tensor], trained: Sequence[s
         path: the file, for messages.
 
     Raises:
-        ValueError: the file holds no weights, lacks a trained one, or has one of another name, shape or dtype.
+        ValueError: the file has no weights, lacks a trained one, or has one of another name, shape or dtype.
     """
     if not isinstance(weights, Mapping):
-        raise ValueError(f"{path} holds no weights (module)")
+        raise ValueError(f"{path} has no weights (module)")
     missing = [name for name in trained if name not in weights]
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} of the weights that are trained, {missing[0]} the first")
+        raise ValueError(f"{path} lacks {len(missing)} of the trained weights, the first is {missing[0]}")
     for name, value in weights.items():
         if name not in own:
             raise ValueError(f"{path}: the training has no weight {name!r:.100}")
-        # The type, too: `load_state_dict` would convert another one without a word.
+        # The dtype is compared too: `load_state_dict` would silently convert another one.
         _compare(value, own[name], f"{path}: {name}")
 
 
@@ -243,10 +243,10 @@ def check_optimizer(optimizer_state: object, own: torch.optim.Optimizer, paramet
     is_state = isinstance(optimizer_state, Mapping)
     state, groups = (optimizer_state.get("state"), optimizer_state.get("param_groups")) if is_state else (None, None)
     if not isinstance(state, Mapping) or not isinstance(groups, list) or len(groups) != len(own.param_groups):
-        raise ValueError(f"{path} holds no state of this training's optimizer")
+        raise ValueError(f"{path} has no state of this training's optimizer")
     for group, mine in zip(groups, own.param_groups, strict=True):
-        # The loop writes the learning rate at every step, so that a difference has no effect.
-        # A missing key is no difference: torch's `__setstate__` fills in the defaults of keys that a newer version has added.
+        # The loop writes the learning rate at every step, so a difference in it has no effect.
+        # A missing key is accepted: torch's `__setstate__` fills in the defaults of keys that a newer version has added.
         for name in mine.keys() - {"params", "lr"}:
             if not isinstance(group, Mapping) or group.get(name, mine[name]) != mine[name]:
                 raise ValueError(f"{path}: the optimizer has another {name} than the training")
@@ -254,7 +254,7 @@ def check_optimizer(optimizer_state: object, own: torch.optim.Optimizer, paramet
         where = f"{path}: the optimizer's state {number!r:.20}"
         # `type`, not `isinstance`: True is an int.
         if type(number) is not int or not 0 <= number < len(parameters) or not isinstance(moments, Mapping):
-            raise ValueError(f"{where} is that of no parameter")
+            raise ValueError(f"{where} does not belong to a parameter")
         for name, value in moments.items():
             if name in _MOMENTS and value is not None:
                 _compare(value, parameters[number], f"{where}, {name}")

@@ -29,7 +29,7 @@ _TAG = "state"
 
 
 class WorldSizeError(ValueError):
-    """A sharded checkpoint can only be loaded by as many workers as wrote it."""
+    """A sharded checkpoint was written by another number of workers, and cannot be loaded."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Engine:
     """A module under DeepSpeed on one rank."""
 
     module: nn.Module
-    """Called with a batch, it returns a `methods.contract.Loss`."""
+    """Module whose forward takes a batch and returns a `methods.contract.Loss`."""
     train: TrainConfig
     scale: ScaleConfig
     dtype: str
@@ -47,10 +47,10 @@ class Engine:
 
     def __post_init__(self) -> None:
         if self.dtype == "bfloat16" and self.scale.zero_stage == 0:
-            # The job was checked for this, but the training of a job that it starts from runs with the scale of this one.
+            # The job itself was checked for this, but trainings of jobs that it builds on run with the scale of this job.
             raise ValueError("bfloat16 weights train with float32 copies, which needs scale.zero_stage 1, 2 or 3, not 0")
         if self.device.type == "cpu":
-            # Read when DeepSpeed is imported, which is the next thing that happens here.
+            # DeepSpeed reads the variable when it is imported below.
             os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))  # Ray Train sets it; a plain process may not
         import deepspeed
@@ -67,7 +67,7 @@ class Engine:
         if self._clips_itself:
             optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._ds: Any
-        # Made anew for each training: an engine cannot be used again (transformers #11894).
+        # A new engine is made for each training, since an engine cannot be reused (transformers #11894).
         self._ds, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=self._config())
         self._ds.checkpoint_engine = without_code(self._check)
 
@@ -75,26 +75,26 @@ class Engine:
     def passes_per_step(self) -> int:
         """Number of forward passes of this worker in one optimizer step."""
         rows = self.train.rows_per_step // self.world_size
-        # Rounded up, as in `share_of_rank`: DeepSpeed counts the passes and updates the weights after this many.
+        # Rounded up, as in `share_of_rank`: DeepSpeed counts passes and updates the weights after this number.
         return -(-rows // self.train.micro_batch)
 
     @property
     def _clips_itself(self) -> bool:
         """Whether this class clips the gradients, instead of DeepSpeed."""
-        # In plain float32 training DeepSpeed clips, too, but does not return the norm.
+        # DeepSpeed could clip in plain float32 training too, but would not return the norm.
         return self.scale.zero_stage == 0 and self.dtype == "float32"
 
     def _watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note gradients that are not finite, and make steps of the optimizer that can be left out."""
+        """Record gradients that are not finite, and make the optimizer's step skippable."""
         for parameter in self.module.parameters():
             if parameter.requires_grad:
                 parameter.register_hook(self._note)
         step = optimizer.step
-        # DeepSpeed calls it after it has gathered and clipped the gradients, which it then drops, whatever happened here.
+        # DeepSpeed calls this after gathering and clipping the gradients, which it then drops in either case.
         optimizer.step = lambda *args, **kwargs: None if self._leaves_out else step(*args, **kwargs)  # type: ignore[method-assign]
 
     def _note(self, gradient: Tensor) -> None:
-        # Kept on the device: reading it here would wait for the GPU at every parameter.
+        # The flag stays on the device: reading it here would wait for the GPU at every parameter.
         self._bad_gradient |= ~torch.isfinite(gradient).all()
 
     @property
@@ -104,7 +104,7 @@ class Engine:
 
     def _clip(self) -> None:
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        # An infinite limit clips nothing, but gives the norm.
+        # With an infinite limit, nothing is clipped, but the norm is returned.
         self._grad_norm = nn.utils.clip_grad_norm_(trained, self.train.clip_norm or float("inf"))
 
     def _config(self) -> dict[str, object]:
@@ -122,7 +122,7 @@ class Engine:
             # bfloat16 would lose the small gradients of later passes in the sum of a step.
             "data_types": {"grad_accum_dtype": "fp32"},
             "zero_optimization": zero,
-            # DeepSpeed otherwise refuses optimizers that are not its own, and with offloading wants its C++ one.
+            # Without these, DeepSpeed refuses other optimizers than its own, and requires its C++ one with offloading.
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
@@ -137,7 +137,7 @@ class Engine:
             batch: the argument of the module's forward.
             num_targets: number of targets of the whole step, over all passes and workers.
             accepts: for the last micro-batch, with `train.skip_steps`: called with its summed loss after its gradients were
-                added, it says whether the optimizer updates the parameters. All ranks call it.
+                added; returns whether the optimizer updates the parameters. All ranks call it.
 
         Returns:
             The summed loss of this micro-batch and its further sums by name, without gradients.
@@ -152,10 +152,10 @@ class Engine:
                 f"the loss of {type(self.module).__name__} does not depend on any trained parameter, so nothing would train: "
                 "is its patch attached to the model, and is the loss computed with gradients?"
             )
-        # DeepSpeed divides by passes and workers. Multiplied by both first, the sum over passes and workers is the sum of
-        # total / num_targets, exact however the rows are split.
+        # DeepSpeed divides by passes and workers. After multiplication by both, the sum over passes and workers is the sum of
+        # total / num_targets, for every division of the rows.
         self._ds.backward(loss.total * (self.passes_per_step * self.world_size / num_targets))
-        # After the backward pass, in which all ranks reduce gradients: no rank may leave that out.
+        # Decided after the backward pass, because in it all ranks reduce gradients, which no rank may skip.
         self._leaves_out = accepts is not None and not accepts(loss.total.detach())
         self._ds.step()
         self._leaves_out = False
@@ -181,8 +181,8 @@ class Engine:
         return float(self._grad_norm if self._clips_itself else self._ds.get_global_grad_norm())
 
     def sum_over_ranks(self, values: Iterable[Tensor]) -> list[float]:
-        """Return the sums of numbers in float64 over all workers; all ranks call it with equally many."""
-        # In float64: a sum over thousands of targets, of which the loop takes a ratio.
+        """Return the sums of numbers in float64 over all workers; all ranks call it with the same count of numbers."""
+        # float64, since the loop divides these sums over thousands of targets.
         summed = torch.stack([value.to(self.device, torch.float64) for value in values])
         if self.world_size > 1:
             torch.distributed.all_reduce(summed)
@@ -190,45 +190,45 @@ class Engine:
 
     def save(self, directory: Path, state: LoopState) -> None:
         """Write this rank's part of a checkpoint; all ranks call it."""
-        # Without frozen weights: a resumed run loads them from the model that it starts from.
+        # Frozen weights are excluded, since a resumed run loads them from its starting model.
         self._ds.save_checkpoint(str(directory), tag=_TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True)
         if self.rank == 0:
             meta = {"world_size": self.world_size, "zero_stage": self.scale.zero_stage, "state": state}
-            (directory / META).write_text(json.dumps(meta))  # our own JSON: it is read, and refused, before any pickle
+            (directory / META).write_text(json.dumps(meta))  # JSON, which is checked before any pickle is loaded
 
     def load(self, directory: Path) -> JsonObject:
-        """Load a checkpoint and return the state of the loop as it was read, which `checkpoints.check_state` checks.
+        """Load a checkpoint and return the unchecked state of the loop (see `checkpoints.check_state`).
 
         Raises:
             WorldSizeError: the checkpoint is sharded (ZeRO 1 to 3) over another number of workers.
             ValueError: a file of the checkpoint is damaged, would run code, or belongs to another training.
         """
         meta = checkpoints.read_meta(directory)
-        # ZeRO 0 keeps whole weights and moments on every rank, which any number of workers can load.
+        # With ZeRO 0 every rank has whole weights and moments, which any number of workers can load.
         written = (meta.world_size, meta.zero_stage)
         if written != (self.world_size, self.scale.zero_stage) and (written[1] or self.scale.zero_stage):
             raise WorldSizeError(
                 f"the checkpoint was written by {written[0]} workers with zero_stage {written[1]}; it cannot continue on "
-                f"{self.world_size} with zero_stage {self.scale.zero_stage}, because sharded optimizer state does not move. "
+                f"{self.world_size} with zero_stage {self.scale.zero_stage}, because its optimizer state is sharded. "
                 "Use the same scale.workers and scale.zero_stage (zero_stage 0 may change workers), or remove the checkpoints"
             )
-        # Before DeepSpeed opens anything: it looks for files by patterns of its own.
+        # Checked before DeepSpeed opens files, which it finds by its own patterns.
         checkpoints.check_files(directory / _TAG)
         with explained(f"the checkpoint in {directory}"):
-            # Not strict: the frozen weights are not in the checkpoint. `_check` has compared the trained ones.
+            # Loading is not strict, since the checkpoint lacks the frozen weights; `_check` compares the trained ones.
             loaded, _ = self._ds.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
-        assert loaded is not None, f"DeepSpeed found no checkpoint in {directory}"  # of which it only warns
+        assert loaded is not None, f"DeepSpeed found no checkpoint in {directory}"  # DeepSpeed itself only warns
         return meta.state
 
     def _check(self, contents: object, path: Path) -> None:
         """Raise ValueError if the contents of a checkpoint's file do not fit this module and optimizer."""
         checkpoints.check_tensors(contents, path)
         if not isinstance(contents, dict):
-            raise ValueError(f"{path} holds a {type(contents).__name__}, not the state of a training")
+            raise ValueError(f"{path} has a {type(contents).__name__} instead of the state of a training")
         if path.name.endswith("_model_states.pt"):
             trained = [name for name, parameter in self._ds.module.named_parameters() if parameter.requires_grad]
             checkpoints.check_module(contents.get("module"), self._ds.module.state_dict(), trained, path)
-        # DeepSpeed 0.19 keeps torch's optimizer state in another place for each kind of sharding.
+        # DeepSpeed 0.19 stores torch's optimizer state under a different key for each kind of sharding.
         if path.name.endswith("_optim_states.pt"):
             zero = contents.get("optimizer_state_dict")
             nested = "optimizer_state_dict" if self.scale.zero_stage == 3 else "base_optimizer_state"
@@ -259,7 +259,7 @@ class Engine:
             # A collective: DeepSpeed 0.19 gathers layer by layer and moves each to rank 0's CPU.
             full = self._ds._zero3_consolidated_16bit_state_dict() or {}  # None on all ranks but 0
         if masters and self.dtype == "bfloat16":
-            # On all ranks, outside of the condition on rank 0: gathering is collective under ZeRO 1 and 2, too.
+            # Called on all ranks, since gathering is a collective operation under ZeRO 1 and 2, too.
             copies = self._masters(prefix)
             full = {**full, **copies} if self.rank == 0 else {}
         full = {name.removeprefix(prefix): tensor for name, tensor in full.items() if name.startswith(prefix)}
@@ -272,11 +272,11 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         copies: dict[str, Tensor] = {}
-        # Under every name: a tied weight is saved under each of its names in the state dict.
+        # Duplicates are included: a tied weight is saved under each of its names in the state dict.
         for name, parameter in self._ds.module.named_parameters(remove_duplicate=False):
             if name.startswith(prefix) and parameter.requires_grad:
                 copy = safe_get_full_fp32_param(parameter)
-                assert copy is not None, f"the optimizer keeps no float32 copy of {name}"
+                assert copy is not None, f"the optimizer has no float32 copy of {name}"
                 copies[name] = copy
         return copies
 

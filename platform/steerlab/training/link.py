@@ -17,15 +17,15 @@ class Link:
     world_size: int
     device: torch.device
     report: Callable[[dict[str, float], Path | None], None]
-    """(metrics, checkpoint directory or None) -> None; all ranks call it equally often."""
+    """Function (metrics, checkpoint directory or None) -> None; all ranks call it the same number of times."""
     scratch: Path
     """Directory in which checkpoints are written before they are reported; emptied at the start, because a killed rank may have
     left files."""
     checkpoints: str = ""
-    """Where the checkpoints lie, for messages."""
+    """Location of the checkpoints, for messages."""
     latest: Path | None = None
-    """Checkpoint to continue from; None starts from the beginning."""
+    """Checkpoint from which to resume; None to start from the beginning."""
     best: Callable[[], Path | None] = lambda: None
-    """Returns the checkpoint with the lowest `eval/loss`; None if no checkpoint was reported."""
+    """Function that returns the checkpoint with the lowest `eval/loss`; None if no checkpoint was reported."""
     tell: Callable[[dict[str, float]], None] = lambda metrics: None
-    """Takes the metrics of every step, for the progress display."""
+    """Function that takes the metrics of every step, for the progress display."""

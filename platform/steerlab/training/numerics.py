@@ -1,4 +1,4 @@
-"""How a training computes: by deterministic operations alone, and with which precision a GPU multiplies matrices of float32."""
+"""Numerical settings of a training: deterministic operations, and the precision of float32 matrix products on GPUs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 from steerlab.job import TrainConfig
 
 _NONE = "does not have a deterministic implementation"
-"""Part of torch's (2.13) error about an operation that has none."""
+"""Part of the error of torch (2.13) about an operation without a deterministic implementation."""
 
 
 @contextmanager
 def of(train: TrainConfig) -> Iterator[None]:
-    """Compute in this block as a training asks; the process may train again afterwards, with other settings.
+    """Apply a training's numerical settings within a `with` block, and restore the process's own afterwards.
 
     Raises:
-        ValueError: an operation of the training has no deterministic implementation, and `train.deterministic` wants all to.
+        ValueError: an operation of the training has no deterministic implementation, but `train.deterministic` requires one.
     """
-    # Of the whole process, so that they are put back: a warm process trains again with other settings.
+    # The settings apply to the whole process, so they are restored: a warm process trains again with other settings.
     was, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
     if train.deterministic:
-        # cuBLAS reads it when its first handle is made: it adds in one order if it has a buffer of its own for each stream.
+        # cuBLAS reads this when its first handle is created: with a separate buffer per stream, it adds in a fixed order.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if train.tf32:
@@ -35,7 +35,7 @@ def of(train: TrainConfig) -> Iterator[None]:
     except RuntimeError as error:
         if train.deterministic and _NONE in str(error):
             operation = str(error).partition(_NONE)[0].strip()
-            # Only torch's own message tells this error from others of the same class.
+            # Only torch's message distinguishes this error from others of the same class.
             raise ValueError(
                 f"train.deterministic: {operation} has no deterministic form in torch {torch.__version__}"
             ) from None

@@ -1,4 +1,4 @@
-"""The description of one training, which its stage sends to the workers and the loop runs."""
+"""The description of one training, which the stage sends to the workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Request(Generic[_Place]):
     """
 
     start: _Place
-    """The model, or the artifact with a model and patches, that the training starts from."""
+    """The model from which the training starts, or an artifact with a model and patches."""
     model: ModelConfig
     method: JsonObject
     """The method's config, as in the stage's parameters."""
@@ -32,14 +32,14 @@ class Request(Generic[_Place]):
     """Extracted activations by the role of their data set."""
     prepared: Mapping[str, _Place] = field(default_factory=dict)
     """Outputs of the method's preparations, by the preparation's name."""
-    # By value: a worker on another node has no copy of the user's file.
+    # Code is sent by value, since other nodes may lack the user's file.
     code: tuple[own_code.Code, ...] = ()
     """The user's own file with the method; empty for a method of the platform."""
 
 
 def received(request: Request[ModelRef]) -> Request[Path]:
     """Install the user's own code on this node, and return the request with its inputs as directories of this node."""
-    # First: the method's config is read by a class of that file.
+    # Received first, since the method's config is a class of that file.
     own_code.receive(request.code)
     return Request(
         start=request.start.locate(),

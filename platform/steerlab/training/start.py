@@ -20,25 +20,25 @@ from steerlab.training.training_rows import load_rows
 
 @dataclass(frozen=True)
 class Start:
-    """What a rank trains, and on which rows."""
+    """The trainee of a rank, and its rows."""
 
     request: Request[Path]
-    """The request, whose number of steps is now known."""
+    """The request, with epochs resolved to a number of steps."""
     module: Trainee
     encoder: RowEncoder
     rows: Rows
     validation: Rows | None
     model_key: str
-    """Fingerprint of the model that a patch alone belongs to; empty if the model itself trains."""
+    """Fingerprint of the model for a patch without trained weights; empty if the model itself is trained."""
 
     @property
     def data(self) -> DataSet:
-        """The data set whose rows are trained on."""
+        """The training data set."""
         return self.request.data.by_role[self.module.trains_on]
 
     @property
     def row_counts(self) -> dict[str, int]:
-        """Numbers of rows that train, and of those that were cut, changed or left out."""
+        """Numbers of training rows, and of truncated, changed and dropped rows."""
         return {
             "rows": len(self.rows.rows),
             "rows_cut": self.rows.num_cut,
@@ -51,7 +51,7 @@ class Start:
 
 def load(request: Request[Path], device: torch.device, gradient_checkpointing: bool) -> Start:
     """Load the model and the rows, and make the trainee. Raises ValueError for rows or settings that do not fit."""
-    # Before the method adds its parameters, so that every rank initialises them with the same values.
+    # Seeded before the method adds its parameters, so that every rank initialises them with the same values.
     torch.manual_seed(request.train.seed)
     method = trained(request.method)
     encoder: RowEncoder
@@ -65,23 +65,23 @@ def load(request: Request[Path], device: torch.device, gradient_checkpointing: b
         prompt=prompt_settings(request.model, request.data),
     )
     models.start_training(model, gradient_checkpointing)
-    # Taken before the trainee is made: some trainees change the modules of the model.
+    # Computed before the trainee is made, since some trainees change the modules of the model.
     model_key = "" if method.leaves_model else models.fingerprint(model)
-    # Before the trainee is made: it may run the model, copy it, and make tensors beside its weights.
+    # Moved before the trainee is made, which may run the model, copy it, and create tensors on the device of its weights.
     model.to(device)
     rows = load_rows(request.data.by_role[method.module.trains_on], encoder, request.train.max_tokens)
-    # Epochs are counted in rows that train: those that were dropped because their prompt does not fit do not count.
+    # Epochs are counted in training rows; rows that were dropped because their prompt does not fit do not count.
     request = replace(request, train=request.train.resolved(len(rows.rows)))
-    # Encoded on every rank: the loop gives each of them its share of the passes.
+    # Encoded on every rank, since the loop gives each rank a share of the passes.
     validation_data = request.data.validation
     validation = load_rows(validation_data, encoder, request.train.max_tokens) if validation_data else None
     activations = {role: Activations.open(path) for role, path in request.activations.items()}
-    # `below`: patches of the model that the training starts from, which the trainee attaches together with its own.
+    # `below` are the patches of the starting model, which the trainee attaches together with its own.
     inputs = Inputs(below, activations, request.prepared)
-    # From the stage's parameters, where it lies as JSON.
+    # The stage's parameters contain the config as JSON.
     config = method.Config.model_validate(request.method)
     module = method.module(model, config, inputs).to(device)  # type: ignore[call-arg]
-    # Here and not in the contract's constructor, which cannot run after that of the class that derives from it.
+    # Checked here, since the contract's constructor cannot run after that of the derived class.
     module.check(inputs.below)
     # `from_pretrained` returns a model in evaluation mode, in which transformers checkpoints no activations.
     module.train()

@@ -1,4 +1,4 @@
-"""Run the training loop on one rank, from the newest whole checkpoint in the work directory to the artifact in its `output`."""
+"""Run the training loop on one rank, from the newest complete checkpoint to the artifact in `output` of the work directory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from steerlab.training.request import Request, received
 
 @dataclass(frozen=True)
 class Seat:
-    """The place of this process among the workers of a training."""
+    """Rank and surroundings of this process in a training."""
 
     rank: int
     world_size: int
@@ -36,15 +36,15 @@ class Seat:
     storage: str
     """Path or URI of the stage's work directory, valid on all nodes."""
     attempt: str
-    """Twelve random digits that the ranks of this attempt share: the name of the folder that those of a node share."""
+    """Twelve random digits that the ranks of this attempt share; they name the scratch folder of each node."""
     tell: Callable[[dict[str, float]], None]
-    """Takes the metrics of every step, on rank 0."""
+    """Function that takes the metrics of every step; called on rank 0."""
     say: Callable[[str], None]
-    """Takes lines for the user."""
+    """Function that takes a line for the user."""
 
 
 def run(request: Request[ModelRef], scale: ScaleConfig, seat: Seat) -> None:
-    """Train to the end and leave the artifact in the folder `output` of the storage.
+    """Train to the end and write the artifact into the folder `output` of the storage.
 
     Raises:
         ValueError: the settings or the data are wrong, or the checkpoints belong to another number of workers.
@@ -57,7 +57,7 @@ def run(request: Request[ModelRef], scale: ScaleConfig, seat: Seat) -> None:
 
 def _run(request: Request[ModelRef], scale: ScaleConfig, seat: Seat, scratch: Path) -> None:
     is_remote = "://" in seat.storage
-    # On a disk, the artifact is written where it is read; for a bucket it needs the node's own disk first.
+    # On a disk, the artifact is written to its final place; for a bucket, it is first written to the node's disk.
     output = scratch / "output" if is_remote else Path(seat.storage) / "output"
     folder = CheckpointFolder(
         seat.storage,
@@ -75,22 +75,22 @@ def _run(request: Request[ModelRef], scale: ScaleConfig, seat: Seat, scratch: Pa
         report=folder.add,
         scratch=scratch / f"rank{seat.rank}",
         checkpoints=remote.joined(seat.storage, FOLDER),
-        # A collective: all ranks are here before any of them loads a model.
+        # A collective call: all ranks reach it before any of them loads a model.
         latest=folder.start(),
         best=folder.best,
         # Every rank has the same metrics, summed over all of them.
         tell=seat.tell if seat.rank == 0 else lambda metrics: None,
     )
-    # Checkpoints and the artifact: DeepSpeed, torch and safetensors have errors of their own for a full disk.
+    # DeepSpeed, torch and safetensors report a full disk by different errors, here and for the artifact.
     full = explained_full_disk("a checkpoint or the trained weights", seat.storage, scratch)
     try:
         here = received(request)
         with full:
             loop.run(here, scale, link, output)
-            # The last upload is still under way when the loop returns.
+            # The last upload may still be running when the loop returns.
             folder.finish()
         if seat.world_size > 1:
-            distributed.barrier()  # nobody needs the scratch of its node any more
+            distributed.barrier()  # no rank of a node needs its scratch folder any more
         if is_remote and seat.rank == 0:
             _upload(output, seat.storage)
     except WorldSizeError as error:
@@ -102,12 +102,12 @@ def _scratch(seat: Seat) -> Iterator[Path]:
     """Provide a local folder for checkpoints that are being written, one for all ranks of a node; its first rank removes it."""
     if "://" in seat.storage:
         folder = cache_root() / "tmp"
-        # Those of workers that were killed on this node: nothing else of steerlab may run here.
+        # Folders of killed workers are removed here, since perhaps no other process of steerlab runs on this node.
         temporary.sweep(folder)
         with temporary.shared(folder / f"train-{seat.attempt}", removes=not seat.local_rank) as path:
             yield path
         return
-    # Beside the checkpoints, so that a finished one is renamed and not copied.
+    # The folder is beside the checkpoints, so that finished ones are renamed instead of copied.
     path = Path(seat.storage) / "scratch"
     try:
         yield path

@@ -1,7 +1,7 @@
 """Generate a model's answers to the prompts of a task, and mark items whose prompts do not fit.
 
 Two rules hold for every task that judges answers. An item is not judged, and is counted as too long, if one of its prompts does
-not fit into the model's context. And every task reports, in addition to its own metrics, whether its answers are still language
+not fit into the model's context. And every task reports, in addition to its own metrics, whether its answers are legible
 (`legibility`).
 """
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from steerlab.steered.generated_text import Generation
     from steerlab.steered.language import SteeredModel
 
-# A task takes part in an option of generation by having a field of that name in its config.
+# A task supports an option of generation if its config has a field of that name.
 _OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
 
 class SampledConfig(TaskConfig):
-    """Filters of sampling that all tasks with a temperature have (steered/sampling.py). At 0 they are left out of keys."""
+    """Filters of sampling in all tasks with a temperature (steered/sampling.py). At 0 they are omitted from keys."""
 
     top_k: int = Field(0, ge=0, exclude_if=lambda num: num == 0)
-    """Number of likeliest tokens that are sampled from; 0 samples from all."""
+    """Number of likeliest tokens from which to sample; 0 samples from all."""
     min_p: float = Field(0.0, ge=0, le=1, exclude_if=lambda share: share == 0)
     """Least probability of a sampled token, relative to that of the likeliest one (arXiv 2407.01082); 0 samples from all."""
 
@@ -42,14 +42,14 @@ def answers(model: SteeredModel, prompts: Iterable[Conversation], config: TaskCo
         model's context has an empty continuation that is marked as too long; pass its observations through `judged`.
     """
     fields = {name: getattr(config, name) for name in _OPTIONS if name in type(config).model_fields}
-    # One call for all strengths: rows of different strengths share batches, and the prompts are tokenised once.
+    # All strengths are generated in one call, so that their rows share batches and the prompts are tokenised once.
     outputs = model.generate(list(prompts), strengths=config.strengths, skip_long=True, **fields)
     return list(zip(config.strengths, outputs, strict=True))
 
 
 def judged(outputs: Sequence[Generation], observations: Sequence[Observation]) -> list[Observation]:
     """Return the observations of an item, without their values if one of its prompts did not fit."""
-    # All prompts of an item have to fit: a metric that compares two answers would otherwise compare one with nothing.
+    # All prompts of an item must fit, since a metric that compares two answers needs both.
     return [too_long(o) for o in observations] if any(output.too_long for output in outputs) else list(observations)
 
 
@@ -61,5 +61,5 @@ def with_legibility(
     strength: float,
     suffix: str = "",
 ) -> list[Observation]:
-    """Return `judged` of an item's observations and of those that say whether its answers are still language."""
+    """Return `judged` of an item's observations, with those of the legibility of its answers."""
     return judged(outputs, [*observations, *legibility.observe(task, item_id, outputs, strength, suffix)])

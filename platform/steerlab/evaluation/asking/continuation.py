@@ -63,12 +63,12 @@ def continue_texts(model: SteeredModel, prompts: Sequence[str], config: Continua
 def conversation(encoder: Encoder, prompt: str, continuation: str | None = None) -> Conversation:
     """Return the plain text of a prompt as a conversation.
 
-    With a continuation, which becomes the second part, the preamble is left out: the text is scored as if the model without it
+    With a continuation, which becomes the second part, the preamble is omitted: the text is scored as if the model without it
     had written it.
     """
     parts = [Part(encoder.continued(prompt) if continuation is None else prompt, INSTRUCTION)]
     if continuation is not None:
-        # A part of its own with the role of responses, as if the model had written it at strength 0.
+        # The continuation is a separate part with the role of responses, as if the model had written it at strength 0.
         parts.append(Part(_lost_space(encoder, continuation) + continuation, encoder.response_role_id))
     return (Message("text", tuple(parts)),)
 
@@ -79,12 +79,12 @@ def sample(item_id: str, strength: float, prompt: str, continuation: str, **judg
 
 
 def _lost_space(encoder: Encoder, continuation: str) -> str:
-    """Return the space to put before a continuation whose tokenizer drops leading spaces when it decodes, else "".
+    """Return the space to put before a continuation whose tokenizer drops leading spaces when it decodes, otherwise "".
 
     Tokenizers that mark word starts (WordLevel, Llama 2) drop the space before the first decoded word. Whether that word
     began anew or completed the last word of the prompt is lost; it is assumed to begin anew.
     """
-    # Decoding the second of two words alone shows whether this tokenizer keeps the space before it.
+    # Decoding the second of two words alone shows whether this tokenizer preserves the space before it.
     words = encoder.encode((Message("text", (Part("a a", INSTRUCTION),)),), continued=True)
     keeps = encoder.decode(words.input_ids[-1:]).startswith(" ")
     return "" if keeps or not continuation[:1].isalnum() else " "

@@ -1,6 +1,6 @@
 """The parts that all tasks on images share: prompts, the grid of strengths and guidance scales, and image files.
 
-Images of the same prompt and seed start from the same noise, so they differ by strength and guidance scale only.
+Images of the same prompt and seed start from the same noise, so they differ only by strength and guidance scale.
 
 Axis legend: S strengths, B images, C channels, H and W pixels.
 """
@@ -23,10 +23,10 @@ from steerlab.steered.drawing import SteeredPipeline
 
 EXAMPLE_PROMPTS: JsonValue = {"source": "pixels:digits/test", "format": "text", "seeds": [0, 5]}
 EXAMPLE_CLIP = "hf:openai/clip-vit-base-patch32"
-"""Prompts and CLIP model in the examples of the catalogue."""
+"""Example values of prompts and of the CLIP model for the catalogue."""
 
 _ABOUT_ZERO = 1e-9
-"""A strength below this counts as 0: the ends of a grid are rounded."""
+"""A strength with a smaller absolute value counts as 0, since the ends of a grid are rounded."""
 
 
 class Grid(Frozen):
@@ -51,7 +51,7 @@ def _grid(value: object) -> object:
     try:
         grid = Grid.model_validate(value)
     except ValidationError:
-        # Pydantic would report the error at `strengths.min`, next to errors that `strengths` is no list either.
+        # Pydantic would report the error at `strengths.min`, together with the error that `strengths` is not a list.
         raise PydanticCustomError("grid", "{wrong}", {"wrong": wrong}) from None
     if not grid.min < grid.max:
         raise ValueError(wrong)
@@ -60,14 +60,14 @@ def _grid(value: object) -> object:
 
 
 class ImageConfig(TaskConfig):
-    """Fields that all tasks on images have."""
+    """Fields of all tasks on images."""
 
     data: DataSet
     """Prompts (format text); with `seeds` each prompt is drawn several times."""
     strengths: Annotated[Strengths, BeforeValidator(_grid, json_schema_input_type=Strengths | Grid)] = Field((1.0,))
     """Strengths of the patch, drawn in the same batches: a list, or a grid {min, max, steps}."""
     guidance: tuple[float, ...] = ()
-    """Guidance scales; empty takes the sampler's. Names of metrics end in `@scale` for every scale but the first."""
+    """Guidance scales; empty takes the sampler's. Names of metrics end in `@scale` for all scales except the first."""
     steps: int | None = Field(None, ge=1)
     """Steps of the sampler; null takes the job's."""
     keep_images: int = Field(0, ge=0)
@@ -87,7 +87,7 @@ def draw(model: SteeredPipeline, config: ImageConfig, strengths: Sequence[float]
     """Draw the task's prompts at the given strengths and at all of its guidance scales."""
     items = data_rows(config.data, config.limit, config.rows_seed)
     drawings = [model.encoder.from_row(item.row, config.data.format) for item in items]
-    # The pipeline takes one guidance scale for a whole batch, so scales are drawn one after another.
+    # The pipeline accepts one guidance scale per batch, so scales are drawn one after another.
     scales = config.guidance or (model.model.sampler.guidance,)
     drawn = [
         Drawn(
@@ -102,7 +102,7 @@ def draw(model: SteeredPipeline, config: ImageConfig, strengths: Sequence[float]
 
 def at_scales(config: ImageConfig, measures: Iterable[Measure]) -> tuple[Measure, ...]:
     """Return the measures once for each guidance scale, named as the metrics of that scale."""
-    # The first scale has no suffix, so that METRIC of a sweep is the same with one scale and with several.
+    # The first scale has no suffix, so that a sweep's METRIC has the same name with one scale and with several.
     suffixes = ["", *(f"@{scale:g}" for scale in config.guidance[1:])]
     return tuple(measure._replace(name=f"{measure.name}{suffix}") for suffix in suffixes for measure in measures)
 

@@ -18,7 +18,7 @@ ALPACA = "sdist:llamafactory==0.9.5#data/alpaca_en_demo.json"
 """999 instruction rows, 412 of them with an input, from a package on PyPI, so that no model hub is needed."""
 
 _PLACEHOLDERS = {"", "noinput", "no input", "<noinput>", "n/a", "none"}
-"""Texts in the field `input` of alpaca rows that have no input."""
+"""Texts in the field `input` of alpaca rows that mean "no input"."""
 
 
 class Numbered(NamedTuple):
@@ -40,7 +40,7 @@ def choose(rows: Sequence[_T], limit: int | None, seed: int) -> list[_T]:
     """
     if limit is None or limit >= len(rows):
         return list(rows)
-    # Python promises the same numbers in every version for `random()` only, not for `sample` or `shuffle`.
+    # Python guarantees the same numbers in every version only for `random()`, not for `sample` or `shuffle`.
     generator = random.Random(seed)
     drawn = sorted(range(len(rows)), key=[generator.random() for _ in rows].__getitem__)[:limit]
     return [rows[i] for i in sorted(drawn)]
@@ -49,14 +49,14 @@ def choose(rows: Sequence[_T], limit: int | None, seed: int) -> list[_T]:
 def data_rows(data: DataSet, limit: int | None, seed: int) -> list[Numbered]:
     """Read the rows of a data set and choose `limit` of them.
 
-    Their ids count from the data set's offset, so that two parts of one file have no id in common.
+    Their ids count from the data set's offset, so that two parts of one file have different ids.
     """
     return choose(number(job_rows.read(data), data.offset), limit, seed)
 
 
 def check_rows(field: str, source: str, fields: Sequence[str] = ("instruction",)) -> None:
     """Refuse a source that does not exist or whose first row lacks `fields`. Raises ValueError that begins with `field`."""
-    # One row is enough to find a misspelt name, and a source of gigabytes is not read before the run starts.
+    # One row is enough to find a misspelt name, so that large sources are not read before the run starts.
     with about(field):
         sources.rows(source, limit=1, fields=fields)
 
@@ -99,10 +99,10 @@ def instruction_rows(
 def has_input(row: Row) -> bool:
     """Return whether an instruction row has an input; a placeholder such as "noinput" does not count."""
     text = str(row.get("input") or "").strip()
-    # Single characters in the field are punctuation that stands for nothing, such as "-" or ".".
+    # A single character in the field is a placeholder such as "-" or ".".
     return len(text) >= 2 and text.lower() not in _PLACEHOLDERS
 
 
 def not_empty(row: Row) -> bool:
-    """Return whether the field `input` of a row holds any text: so AlpacaFarm's 208 rows with input are counted."""
+    """Return whether the field `input` of a row is not empty; AlpacaFarm's 208 rows with input are counted in this way."""
     return bool(str(row.get("input") or "").strip())

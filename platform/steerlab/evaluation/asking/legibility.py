@@ -1,17 +1,17 @@
-"""Whether answers are still language: numbers that every task which generates text reports beside its own.
+"""Legibility of answers: metrics that every task that generates text reports besides its own.
 
-Steering that is too strong lets a text fall apart, and a text that fell apart has often lost the unwanted property too. These
-numbers are read off the texts that the task has anyway, so they cost nothing:
+Steering that is too strong destroys a text, and a destroyed text has often lost the unwanted property too. These metrics are
+computed from the texts that the task generates anyway, so they cost nothing:
 
-    <task>/empty        share of answers that are empty or blank, about which a judge can say nothing      lower is better
+    <task>/empty        share of answers that are empty or blank, which a judge cannot judge      lower is better
     <task>/unfinished   share of answers that were cut at `max_new_tokens`                                  lower is better
     <task>/repetition   1 - distinct 4-grams / 4-grams of one answer, mean over answers: 0 for a text that never repeats itself,
                         near 1 for a loop (seq-rep-4 of Welleck et al., arXiv 1908.04319)                   lower is better
     <task>/letters      share of letters and digits among the characters that are not blank: about 0.95 in prose of any script,
-                        near 0 in a string of marks                                                         higher is better
+                        near 0 in a string of punctuation                                                   higher is better
 
-N-grams consist of lower-cased words and punctuation marks. An answer with fewer than four of them has no repetition, an empty
-one no letters: neither counts for that number. Continuations of plain texts are always cut, so for them no direction of
+N-grams consist of lower-cased words and punctuation marks. An answer with fewer than four of them has no `repetition`, an empty
+one no `letters`: they are skipped in these means. Continuations of plain texts are always cut, so for them no direction of
 `unfinished` is better.
 """
 
@@ -48,7 +48,7 @@ def measures(suffix: str = "", *, always_cut: bool = False) -> tuple[Measure, ..
 
 def texts_measures(suffix: str = "") -> tuple[Measure, ...]:
     """Return the measures of the numbers that `observe_texts` reports besides `empty`."""
-    # Means of proportions of a text and no shares of items: Wilson's interval would be that of yes or no.
+    # These are means of proportions of a text, not shares of items, so Wilson's interval does not apply.
     repetition = Measure(f"repetition{suffix}", "lower", "share of n-grams", 0.0, 1.0, "mean")
     return (repetition, Measure(f"letters{suffix}", "higher", "share of characters", 0.0, 1.0, "mean"))
 
@@ -61,8 +61,8 @@ def observe(task: str, item_id: str, outputs: Sequence[Generation], strength: fl
 
 
 def observe_texts(task: str, item_id: str, texts: Sequence[str], strength: float, suffix: str = "") -> list[Observation]:
-    """Measure the texts of one item of which nothing else is known."""
-    # Blank counts as empty: a model that falls apart often writes line breaks only.
+    """Measure the texts of one item, without information about their generation."""
+    # Blank answers count as empty, since an over-steered model often writes only line breaks.
     blank = sum(not text.strip() for text in texts) / len(texts)
     return [
         Observation(f"{task}/empty{suffix}", item_id, blank, 1.0, strength),
@@ -92,7 +92,7 @@ def letters(text: str) -> float | None:
 
 def _mean(metric: str, item_id: str, values: Sequence[float | None], strength: float) -> Observation:
     numbers = [value for value in values if value is not None]
-    # Weight 0 and not the value None: an answer of three words could be judged, it just has nothing to repeat.
+    # The weight is 0 instead of a value None: an answer of three words was judged, but has no 4-gram.
     if not numbers:
         return Observation(metric, item_id, 0.0, 0.0, strength)
     return Observation(metric, item_id, sum(numbers) / len(numbers), 1.0, strength)

@@ -66,14 +66,14 @@ def reward_model(source: str, device: torch.device | str = "cpu") -> Reward:
     """
     check_reward_model(source)
     model, tokenizer = scorers.load_classifier(source, device)
-    # Tokenizers without a limit say 10^30 (VERY_LARGE_INTEGER of transformers), so the model's own limit counts as well.
+    # Tokenizers without a limit have 10^30 (VERY_LARGE_INTEGER of transformers), so the model's own limit applies as well.
     longest = min(tokenizer.model_max_length, models.max_positions(model))
 
     @torch.inference_mode()
     def reward(answer: Answer) -> Score:
         inputs = _turns(tokenizer, answer) if tokenizer.chat_template else tokenizer(answer.prompt, answer.text)
         inputs = inputs.convert_to_tensors("pt", prepend_batch_axis=True).to(device)
-        # Counted after the template is applied, whose tokens take part of the context.
+        # Tokens are counted after the template is applied, since its tokens take part of the context.
         return TOO_LONG if inputs["input_ids"].shape[1] > longest else float(model(**inputs).logits[0, 0])
 
     # One answer at a time, because many reward models have no padding token.
@@ -84,7 +84,7 @@ def check_reward_model(source: str) -> None:
     """Refuse a classifier with several classes, which is not a reward model. Raises ValueError."""
     classes = scorers.check_classifier(source)
     if len(classes) != 1:
-        raise ValueError(f"{source} is no reward model: it has the classes {', '.join(classes)}, not one")
+        raise ValueError(f"{source} is not a reward model: it has the classes {', '.join(classes)} instead of one")
 
 
 def _turns(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> BatchEncoding:

@@ -1,4 +1,4 @@
-"""Ask a judge many questions: one behind an API, several at a time, or a local language model that writes its answer."""
+"""Ask a judge many questions: an API, with several calls at a time, or a local language model that generates its answer."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ from steerlab.steered.language import SteeredModel
 from steerlab.storage.store import Store
 
 Said: TypeAlias = str | Literal["too_long"]
-"""What a judge wrote, or `TOO_LONG` if the question does not fit into its context."""
+"""Text of a judge's answer, or `TOO_LONG` if the question does not fit into its context."""
 Ask: TypeAlias = Callable[[Sequence[Messages]], list[Said]]
-"""Asks questions; the answers are in their order."""
+"""Function that asks questions and returns the answers in their order."""
 Say: TypeAlias = Callable[[str], None]
 
 
 def say_to_stderr(line: str) -> None:
-    """Print a line where it does not mix with results. Ray passes it on from a worker to the terminal."""
+    """Print a line where it does not mix with results. Ray forwards it from a worker to the terminal."""
     print(line, file=sys.stderr, flush=True)
 
 
 @dataclass
 class Account:
-    """What the calls of a judge cost."""
+    """Numbers and cost of a judge's calls."""
 
     calls: int = 0
     """Questions that the endpoint answered."""
     kept: int = 0
-    """Questions whose answer was kept from before, or that were asked twice at once."""
+    """Questions whose answer was stored earlier, or that occurred twice."""
     retries: int = 0
     """Tries that failed and were repeated."""
     input_tokens: int = 0
     output_tokens: int = 0
 
     def add(self, reply: Reply) -> None:
-        """Count an answer that the endpoint gave."""
+        """Count an answer of the endpoint."""
         self.calls += 1
         self.retries += reply.tries - 1
         self.input_tokens += reply.input_tokens
         self.output_tokens += reply.output_tokens
 
     def numbers(self, endpoint: Endpoint) -> dict[str, float | str]:
-        """Return the account as it is recorded, with the price if the job names one."""
+        """Return the account as a dict for the record, with the price if the job gives prices."""
         counts = {name: getattr(self, name) for name in ("calls", "kept", "retries", "input_tokens", "output_tokens")}
         if endpoint.price is None:
             return counts
@@ -67,14 +67,14 @@ class Account:
 
 @dataclass
 class Session:
-    """Where the answers of a block of code are kept, and what they cost."""
+    """Store and accounts of the questions that a block of code asks."""
 
     store: Store | None
     say: Say
     accounts: list[tuple[Endpoint, Account]] = field(default_factory=list)
 
     def numbers(self) -> dict[str, float | str]:
-        """Return what all calls of the block cost together; empty if no endpoint was asked."""
+        """Return the sum of all accounts of the block; empty if no endpoint was asked."""
         total: dict[str, float | str] = {}
         for endpoint, account in self.accounts:
             for name, value in account.numbers(endpoint).items():
@@ -88,10 +88,10 @@ _SESSION: ContextVar[Session | None] = ContextVar("session of judges", default=N
 
 @contextmanager
 def session(store: Store | None, say: Say = say_to_stderr) -> Iterator[Session]:
-    """Keep the answers that are asked for in the block in a store, take those that it has, and count what is asked.
+    """Store the answers of questions within the block, reuse stored ones, and count the calls.
 
-    A setting of the context and no argument: tasks are functions of model and config, which do not know ROOT, and where answers
-    are kept changes no result.
+    The session is a context variable instead of an argument: tasks are functions of model and config, which do not know ROOT,
+    and the location of stored answers does not change results.
     """
     opened = Session(store, say)
     token = _SESSION.set(opened)
@@ -103,7 +103,7 @@ def session(store: Store | None, say: Say = say_to_stderr) -> Iterator[Session]:
 
 @dataclass
 class Asker:
-    """Asks an endpoint. Outside of a session it keeps no answers."""
+    """Ask an endpoint. Outside of a session, answers are not stored."""
 
     endpoint: Endpoint
     account: Account = field(default_factory=Account)
@@ -113,10 +113,10 @@ class Asker:
         self._session.accounts.append((self.endpoint, self.account))
 
     def __call__(self, questions: Sequence[Messages]) -> list[Said]:
-        """Ask questions; each different one is asked once, and those whose answers are kept are not asked.
+        """Ask questions; equal ones are asked once, and those with stored answers are not asked.
 
         Raises:
-            EndpointError: the endpoint refused or kept failing. Answers until then are kept.
+            EndpointError: the endpoint refused or kept failing. Earlier answers are stored.
         """
         store = self._session.store
         keys = [kept_answers.key(self.endpoint, question) for question in questions]
@@ -129,7 +129,7 @@ class Asker:
 
         def asked(key: str) -> Reply:
             reply = chat_api.call(self.endpoint, missing[key])
-            # Kept in the thread that asked, so that an answer is safe before the others are there.
+            # Stored in the thread that asked, so that each answer is safe before the others arrive.
             kept_answers.write(store, key, self.endpoint, missing[key], reply)
             return reply
 
@@ -140,11 +140,11 @@ class Asker:
 
 
 def _in_parallel(ask: Callable[[str], Reply], keys: Sequence[str], parallel: int) -> Iterator[tuple[str, Reply]]:
-    """Yield the replies to all keys; after a call that failed for good, those that were there, and then raise its error."""
+    """Yield the replies to all keys; after a permanently failed call, those received so far, then raise its error."""
     stopped = threading.Event()
 
     def unless_stopped(key: str) -> Reply | None:
-        # Asked here and not by cancelling alone: the thread of a call that fails takes the next one at once.
+        # Checked here in addition to cancelling, since the thread of a failed call takes the next one at once.
         if stopped.is_set():
             return None
         try:
@@ -158,7 +158,7 @@ def _in_parallel(ask: Callable[[str], Reply], keys: Sequence[str], parallel: int
     try:
         wait(futures, return_when=FIRST_EXCEPTION)
     finally:
-        # After Ctrl-C too nothing more is to be paid for: what has not begun is not asked, what has begun is kept.
+        # Also after Ctrl-C, no further calls are paid for: waiting ones are cancelled, running ones are awaited and stored.
         stopped.set()
         pool.shutdown(wait=True, cancel_futures=True)
     finished = [future for future in futures if not future.cancelled()]
@@ -171,7 +171,7 @@ def _in_parallel(ask: Callable[[str], Reply], keys: Sequence[str], parallel: int
 
 
 def announce(endpoint: Endpoint, config: TaskConfig, input_tokens: Sequence[int]) -> None:
-    """Say before the start of a job what a task will ask, and refuse an endpoint whose key is missing.
+    """Warn before the start of a job how many questions a task will ask, and refuse an endpoint whose key is missing.
 
     Args:
         endpoint: the judge.
@@ -182,20 +182,20 @@ def announce(endpoint: Endpoint, config: TaskConfig, input_tokens: Sequence[int]
         ValueError: the environment variable of the key is not set.
     """
     endpoint.key()
-    # A warning, which is how the platform speaks before a start. Strengths are not counted: `choose` and a job's own strength
+    # The checks before a start report by warnings. Strengths are not counted, since `choose` and a job's own strength
     # change them.
     warnings.warn(
         f"{config.label or config.task} asks {endpoint.model} at {endpoint.base_url}; for each strength "
-        f"{cost(endpoint, len(input_tokens), sum(input_tokens))}; answers that are kept from before cost nothing",
+        f"{cost(endpoint, len(input_tokens), sum(input_tokens))}; stored answers cost nothing",
         stacklevel=2,
     )
 
 
 def announcement(endpoint: Endpoint, questions: Sequence[Messages], of: int | None = None) -> str:
-    """Say how many questions will be asked and what they may cost at most."""
+    """Return a line with the number of questions that will be asked and their largest possible cost."""
     read = sum(chat_api.tokens_in(question) for question in questions)
     return f"{endpoint.model} at {endpoint.base_url}: {cost(endpoint, len(questions), read)}" + (
-        "" if of is None or of == len(questions) else f"; {of - len(questions):,} of {of:,} answers are kept from before"
+        "" if of is None or of == len(questions) else f"; {of - len(questions):,} of {of:,} answers are stored already"
     )
 
 
@@ -205,7 +205,7 @@ def cost(endpoint: Endpoint, num_calls: int, input_tokens: int) -> str:
     words = f"{num_calls:,} calls, about {input_tokens:,} tokens to read"
     words += "" if write is None else f" and at most {write:,} to write"
     if endpoint.price is None:
-        return f"{words}; the job names no price"
+        return f"{words}; the job sets no price"
     price = endpoint.price.of(input_tokens, write or 0)
     return f"{words}, {'from' if write is None else 'at most about'} {price:.2f} {endpoint.price.currency}"
 

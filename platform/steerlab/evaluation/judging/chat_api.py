@@ -1,7 +1,7 @@
-"""One call of a chat completions API, tried again within bounds.
+"""One call of a chat completions API, with limited retries.
 
-A try fails for a while (and is repeated) on HTTP 408, 409, 425, 429 and 5xx, on a timeout, on a connection that is refused or
-cut, and on an answer that is no JSON of the API. Every other status ends the call at once: a wrong key or model stays wrong.
+A try fails temporarily (and is repeated) on HTTP 408, 409, 425, 429 and 5xx, on a timeout, on a refused or broken connection,
+and on an answer that is not JSON of the API. Every other status ends the call at once: a wrong key or model stays wrong.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Messages: TypeAlias = Sequence[Mapping[str, str]]
 """A question: the turns of a chat as {role, content}."""
 _AGAIN = (408, 409, 425, 429)
 _LONGEST_ANSWER = 2**24
-"""Bytes of an answer at most."""
+"""Largest size of an answer in bytes."""
 _CONNECT_S = 30.0
 
 
 class EndpointError(ValueError):
-    """An endpoint did not answer; the message says which, what it said, and what would be right."""
+    """An endpoint did not answer; the message names it and contains its response."""
 
 
 class Reply(NamedTuple):
@@ -60,14 +60,14 @@ class _Usage(saved.Shape):
 
 
 class _Completion(saved.Shape):
-    """The fields of an answer that are read; servers send more."""
+    """The fields of an answer that are used; servers send more."""
 
     choices: list[_Choice]
     usage: _Usage | None = None
 
 
 class _Failed(Exception):
-    """A try failed; `wait_s` is how long the server asks to wait, None if it does not say."""
+    """A try failed; `wait_s` is the wait that the server requests, None if it requests none."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
@@ -99,7 +99,7 @@ def call(endpoint: Endpoint, question: Messages, sleep: Callable[[float], None] 
 
 
 def _wait_s(endpoint: Endpoint, number: int, wanted_s: float | None) -> float:
-    # Jitter, or all calls that met one limit would meet the next one together.
+    # With jitter, calls that met one limit do not all retry at the same time.
     grown_s = endpoint.wait_s * 2.0 ** min(number, 32) * (1 + random.random() / 4)
     return min(grown_s if wanted_s is None else max(wanted_s, 0.0), endpoint.longest_wait_s)
 
@@ -113,7 +113,7 @@ def _try(endpoint: Endpoint, question: Messages, key: str | None) -> Reply:
         return request
 
     try:
-        # Given as `auth`, or requests would put a password of ~/.netrc in its place. A redirect could take the key elsewhere.
+        # Without `auth`, requests would use a password of ~/.netrc in its place. A redirect could take the key elsewhere.
         with requests.post(
             f"{endpoint.base_url}/chat/completions",
             json=body(endpoint, question),
@@ -135,7 +135,7 @@ def _try(endpoint: Endpoint, question: Messages, key: str | None) -> Reply:
 
 
 def _content(answer: requests.Response, deadline_s: float) -> bytes:
-    """Read an answer. The library's timeout is that of each read, which a server that sends single bytes never meets."""
+    """Read an answer. The library's timeout applies to each read, so a server that sends single bytes would never reach it."""
     content = b""
     for chunk in answer.iter_content(2**16):
         content += chunk
@@ -150,18 +150,18 @@ def _reply(content: bytes, question: Messages) -> Reply:
     try:
         completion = _Completion.model_validate(json.loads(content))
     except (ValidationError, ValueError, RecursionError):
-        raise _Failed("an answer that is no JSON of the API") from None
+        raise _Failed("an answer that is not JSON of the API") from None
     if not completion.choices:
         raise _Failed("an answer without choices")
     text = completion.choices[0].message.content or ""
     if completion.usage is not None:
         return Reply(text, completion.usage.prompt_tokens, completion.usage.completion_tokens)
-    # Not all local servers count; the estimate is that of the announcement.
+    # Some local servers do not count tokens; then the estimate of the announcement is used.
     return Reply(text, tokens_in(question), math.ceil(len(text) / CHARS_PER_TOKEN))
 
 
 CHARS_PER_TOKEN = 4
-"""Characters of a token in English text, for estimates."""
+"""Mean number of characters of a token in English text, for estimates."""
 
 
 def tokens_in(question: Messages) -> int:
@@ -170,7 +170,7 @@ def tokens_in(question: Messages) -> int:
 
 
 def _retry_after_s(value: str | None) -> float | None:
-    """Return the seconds that a Retry-After header asks for, which holds seconds or a date; None if it holds neither."""
+    """Return the seconds of a Retry-After header, which contains seconds or a date; None if it contains neither."""
     if value is None:
         return None
     try:
@@ -189,5 +189,5 @@ def _name(endpoint: Endpoint) -> str:
 
 
 def _shown(said: str, key: str | None) -> str:
-    # A server may repeat the key that it refuses.
+    # A server's message may contain the refused key.
     return texts.plain(" ".join((said if key is None else said.replace(key, "***")).split()))[:300] or "(no text)"

@@ -1,6 +1,6 @@
 """Fluency of steered texts: the variety of their words, and their perplexity under the model without patches.
 
-Tasks that measure what steering removes report these two numbers as well, because a text that falls apart (a loop, random
+Tasks that measure the removal of a property report these two metrics as well, because a degenerate text (a loop, random
 words) has lost the unwanted property too:
 
     <task>/distinct_n       distinct n-grams / n-grams of one continuation, mean over continuations, n = 1, 2, 3;
@@ -55,7 +55,7 @@ def observe(
         Observations of `<task>/distinct_n` and `<task>/base_perplexity`, whose values are in nats (transform exp).
     """
     observations = []
-    # All strengths in one call: likelihoods are those of strength 0, whatever strength wrote the text.
+    # All strengths are scored in one call, because every text is scored by the model at strength 0.
     flat = base_likelihoods(model, [*prompts] * len(strengths), [output.text for row in continuations for output in row])
     likelihoods = iter(flat)
     for strength, outputs in zip(strengths, continuations, strict=True):
@@ -80,7 +80,7 @@ def base_likelihoods(model: SteeredModel, prompts: Sequence[str], continuations:
     scored = model.token_log_probs(texts, strength=0.0 if model.patches else 1.0, skip_long=True)
     likelihoods = []
     for row, scores in zip(model.encoder.encode_all(texts), scored, strict=True):
-        if scores.too_long:  # tokenised again, a text may have more tokens than were generated
+        if scores.too_long:  # tokenised again, a text may have more tokens than the generated one
             likelihoods.append(Likelihood(TOO_LONG, 0))
             continue
         # The log-probability at position t is that of token t + 1, so parts are shifted by one.

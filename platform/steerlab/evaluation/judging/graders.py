@@ -1,4 +1,4 @@
-"""The judge of a task that grades in writing: an API, or a local language model. Both get the same questions."""
+"""The judge of a task with written grades: an API or a local language model, both with the same questions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class GradedConfig(TaskConfig):
     """Fields of tasks whose judge writes its grade."""
 
     api: Endpoint | None = None
-    """A judge behind an API."""
+    """The API of a judge."""
     judge_source: Source | None = None
     """A causal language model as the judge, instead of an API; its chat template formats the questions."""
     judge_tokens: int = Field(512, ge=1)
@@ -30,12 +30,12 @@ class GradedConfig(TaskConfig):
     @model_validator(mode="after")
     def _check_judge(self) -> Self:
         if bool(self.api) == bool(self.judge_source):
-            raise ValueError("one judge grades: set either api or judge_source")
+            raise ValueError("exactly one judge is needed: set either api or judge_source")
         return self
 
 
 class Grading(NamedTuple):
-    """How a judge is asked for a grade."""
+    """Texts with which a judge is asked for a grade."""
 
     template: str
     """Text of the question, with names in braces that `question` fills."""
@@ -43,8 +43,8 @@ class Grading(NamedTuple):
     """System text; empty sends none."""
 
     def question(self, texts: Mapping[str, str]) -> Messages:
-        """Return the question with its texts; a name that `texts` does not have stays as it is."""
-        # One pass, because an answer may hold "{question}" itself.
+        """Return the question with its texts; names that `texts` lacks are not replaced."""
+        # All names are replaced in one pass, because an answer may itself contain "{question}".
         text = re.sub(r"\{(\w+)\}", lambda place: texts.get(place[1], place[0]), self.template)
         user = {"role": "user", "content": text}
         return [{"role": "system", "content": self.system}, user] if self.system else [user]
@@ -59,7 +59,7 @@ def judge_of(config: GradedConfig, device: torch.device | str) -> Ask:
 
 
 def check(config: GradedConfig, question_chars: Sequence[int]) -> None:
-    """Say what a judge behind an API will be asked; refuse a missing key or model. Raises ValueError.
+    """Announce the questions to a judge's API; refuse a missing key or model. Raises ValueError.
 
     Args:
         config: config of the task.
@@ -74,5 +74,5 @@ def check(config: GradedConfig, question_chars: Sequence[int]) -> None:
 
 
 def answer_chars(config: Any) -> int:
-    """Estimate the characters of a longest answer of the task's own model."""
+    """Estimate the number of characters of the longest answer of the task's own model."""
     return config.max_new_tokens * CHARS_PER_TOKEN

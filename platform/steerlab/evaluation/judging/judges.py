@@ -33,8 +33,8 @@ REASONED = (
     "[[B>A]] B is a little better\n[[B>>A]] B is much better\n\n"
     "Prompt:\n{prompt}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}"
 )
-"""A question in the manner of Arena-Hard (Li et al., arXiv 2406.11939): the judge reasons first and has five labels. The
-wording is this repository's; set `question` to the published one for numbers that are compared with published ones."""
+"""A question in the style of Arena-Hard (Li et al., arXiv 2406.11939): the judge reasons first and has five labels. The
+wording is this repository's; set `question` to the published one to compare with published numbers."""
 PLACES: tuple[str, ...] = ("prompt", "first", "second")
 """Placeholders that a question must contain."""
 
@@ -46,11 +46,11 @@ class Answer(NamedTuple):
     data: str
     text: str
     finished: bool = True
-    """False if generation was cut at its longest length, so that the end of the text is not the author's."""
+    """False if generation was cut at its longest length, so that the answer is not complete."""
     turns: tuple[tuple[str, str], ...] = ()
-    """(speaker, text) of the dialogue that it answers, instead of instruction and data."""
+    """(speaker, text) of the dialogue before the answer, instead of instruction and data."""
     too_long: bool = False
-    """True if the prompt did not fit into the context, so that there is no answer."""
+    """True if the prompt did not fit into the context, so the answer is missing."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -81,11 +81,11 @@ Judge = Callable[[Sequence[Pair]], list[Verdict]]
 
 
 class Compared(NamedTuple):
-    """A verdict, and what it was made of if the judge was asked in both orders."""
+    """A verdict, with the two single verdicts if the judge was asked in both orders."""
 
     verdict: Verdict
     orders: tuple[Verdict, Verdict] | None = None
-    """Verdicts with the first answer shown first, and with it shown second; in either, 1 means that the answer shown first
+    """Verdicts with the first answer shown first, and with it shown second; in both, 1 means that the answer shown first
     wins. None if the judge was not asked in both orders."""
 
 
@@ -94,7 +94,7 @@ Reward = Callable[[Sequence[Answer]], list[Score]]
 
 
 def decide(judge: Judge, pairs: Sequence[Pair]) -> list[Verdict]:
-    """Return the judge's verdict for each pair; equal texts are a tie without asking the judge."""
+    """Return the judge's verdict for each pair; equal texts are a tie and are not judged."""
     different = [pair for pair in pairs if pair[0].text != pair[1].text]
     # A judge would have to invent a difference between equal texts, which are frequent at small strengths.
     verdicts = iter(judge(different) if different else [])
@@ -119,7 +119,7 @@ def in_both_orders(ask: Callable[[Sequence[str]], list[Verdict]], question: str 
 
     def compare(pairs: Sequence[Pair]) -> list[Compared]:
         different = [pair for pair in pairs if pair[0].text != pair[1].text]
-        # Both orders in one call, so that a judge which is asked several questions at a time is never idle between them.
+        # Both orders are asked in one call, so that a judge with concurrent questions is never idle between them.
         questions = [filled(question, first, second) for first, second in different]
         questions += [filled(question, second, first) for first, second in different]
         said = ask(questions) if questions else []
@@ -130,7 +130,7 @@ def in_both_orders(ask: Callable[[Sequence[str]], list[Verdict]], question: str 
 
 
 def _compared(pair: Pair, orders: Iterator[tuple[Verdict, Verdict]]) -> Compared:
-    # A judge would have to invent a difference between equal texts.
+    # Equal texts are not judged, since a judge would have to invent a difference.
     if pair[0].text == pair[1].text:
         return Compared(0.5)
     forward, backward = next(orders)
@@ -138,7 +138,7 @@ def _compared(pair: Pair, orders: Iterator[tuple[Verdict, Verdict]]) -> Compared
 
 
 def first_shown(compared: Compared) -> Score:
-    """Return how often the answer that was shown first won, 0 to 1; 0.5 over many pairs is no bias for a position."""
+    """Return how often the answer shown first won, 0 to 1; a mean of 0.5 over many pairs means no bias for a position."""
     if compared.orders is None:
         return None
     forward, backward = compared.orders
@@ -147,7 +147,7 @@ def first_shown(compared: Compared) -> Score:
 
 
 def agreement(compared: Compared) -> Score:
-    """Return 1 if both orders have the same verdict on the two answers, else 0."""
+    """Return 1 if both orders prefer the same answer, otherwise 0."""
     if compared.orders is None:
         return None
     forward, backward = compared.orders
@@ -159,7 +159,7 @@ def by_reward(reward: Reward) -> Judge:
     """Return the judge that prefers the answer with the higher reward."""
 
     def judge(pairs: Sequence[Pair]) -> list[Verdict]:
-        # An answer at strength 0 stands in a pair with each other strength; it is rewarded once.
+        # An answer at strength 0 occurs in a pair with every other strength, but gets its reward once.
         answers = list(dict.fromkeys(answer for pair in pairs for answer in pair))
         rewards = dict(zip(answers, reward(answers), strict=True))
         return [_higher(rewards[first], rewards[second]) for first, second in pairs]
@@ -174,7 +174,7 @@ def _higher(first: Score, second: Score) -> Verdict:
 
 
 def worse(first: Score, second: Score) -> Score:
-    """Combine two scores of which at least one is not a number: `TOO_LONG` if one of them is, else None."""
+    """Combine two scores of which at least one is not a number: `TOO_LONG` if one of them is, otherwise None."""
     return TOO_LONG if TOO_LONG in (first, second) else None
 
 
@@ -197,7 +197,7 @@ def language_model(
     def judge(pairs: Sequence[Pair]) -> list[Verdict]:
         if both_orders:
             return [compared.verdict for compared in compare(pairs)]
-        # Asked once, the order is random for each pair, so that the preference for a position averages out over the pairs.
+        # If each pair is asked once, its order is random, so that the preference for a position averages out.
         generator = random.Random(seed)
         swapped = [generator.random() < 0.5 for _ in pairs]
         shown = [(b, a) if swap else (a, b) for (a, b), swap in zip(pairs, swapped, strict=True)]
@@ -210,7 +210,7 @@ def language_model(
 def filled(question: str, first: Answer, second: Answer) -> str:
     """Fill the placeholders of a question with the prompt and the two answers."""
     texts: dict[str, str] = dict(zip(PLACES, (first.prompt, first.text, second.text), strict=True))
-    # One pass over the question rather than three replacements: an answer may contain "{second}" itself.
+    # All placeholders are replaced in one pass, since an answer may itself contain "{second}".
     return re.sub(r"\{(" + "|".join(PLACES) + r")\}", lambda place: texts[place[1]], question)
 
 
@@ -218,5 +218,5 @@ def combined(forward: Verdict, backward: Verdict) -> Verdict:
     """Combine the verdicts of both orders; in either one, 1 means that the answer shown first wins."""
     if not isinstance(forward, float) or not isinstance(backward, float):
         return worse(forward, backward)
-    # The mean of two games. Equal verdicts name the same position, hence different answers: the orders disagree, and tie.
+    # The mean over both orders. Equal verdicts prefer the same position, hence different answers, and give a tie.
     return (forward + 1 - backward) / 2

@@ -1,8 +1,8 @@
-"""Answers of endpoints, kept by the content of their questions as artifacts: ROOT/artifacts/answers/KEY/answer.json.
+"""Answers of endpoints, stored as artifacts under a hash of their questions: ROOT/artifacts/answers/KEY/answer.json.
 
-The key is the SHA-256 of the endpoint's URL and of the whole request (model, messages, temperature, limits), so that whatever
-could change an answer is asked again, and nothing else is. Each answer is an artifact of its own and is written as soon as it
-is there: a judge that is killed after a thousand calls has paid for them once.
+The key is the SHA-256 of the endpoint's URL and of the whole request (model, messages, temperature, limits), so every change
+that could affect an answer leads to a new question. Each answer is a separate artifact, written as soon as it arrives: if a
+judge is killed after a thousand calls, their answers are not paid for again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def key(endpoint: Endpoint, question: Messages) -> str:
 
 
 def read(kept: Store | None, answer_key: str) -> Reply | None:
-    """Return the answer that is kept; None if there is none."""
+    """Return a stored answer; None if it is missing."""
     if kept is None or not kept.has(STAGE, answer_key):
         return None
     answer = saved.read(kept.local(STAGE, answer_key) / _FILE, _Answer)
@@ -40,7 +40,7 @@ def read(kept: Store | None, answer_key: str) -> Reply | None:
 
 
 def write(kept: Store | None, answer_key: str, endpoint: Endpoint, question: Messages, reply: Reply) -> None:
-    """Keep an answer. If another process has kept one to the same question meanwhile, that one stays."""
+    """Store an answer. If another process has stored an answer to the same question meanwhile, that one stays."""
     if kept is None:
         return
     answer = {"text": reply.text, "input_tokens": reply.input_tokens, "output_tokens": reply.output_tokens}

@@ -1,4 +1,4 @@
-"""Judges of pairs that need the texts alone: a reward model, a language model here, or one behind an API."""
+"""Judges of pairs that need only the texts: a reward model, a local language model, or an API."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class PairJudge(NamedTuple):
     name: str
     compare: Compare
     both_orders: bool = False
-    """Whether it is asked in both orders, so that its bias for a position is known."""
+    """Whether the judge is asked in both orders, so that its bias for a position is known."""
 
     def observations(self, task: str, item_id: str, compared: Compared, strength: float) -> list[Observation]:
-        """Turn a comparison into observations: who won, and how far the verdict depends on the order."""
+        """Turn a comparison into observations: the winner, and the effect of the order."""
         verdict = compared.verdict
         values = {self.name: verdict, "ties": float(verdict == 0.5) if isinstance(verdict, float) else verdict}
         own = [observed(f"{task}/{name}", item_id, value, strength) for name, value in values.items()]
         if not self.both_orders:
             return own
-        # Equal texts were not shown to the judge, so they say nothing about the order: weight 0.
+        # Equal texts were not shown to the judge, so they have weight 0 in the metrics of the order.
         shown = compared.orders is not None
         orders: dict[str, Score] = {"first_shown": 0.5, "agreement": 0.5}
         if shown:
@@ -42,7 +42,7 @@ class PairJudge(NamedTuple):
 
 
 def behind_api(endpoint: Endpoint, question: str) -> PairJudge:
-    """Return a language model behind an API, asked in both orders."""
+    """Return the judge of an API, asked in both orders."""
     asker = Asker(endpoint)
 
     def ask(questions: Sequence[str]) -> list[Verdict]:
@@ -52,10 +52,10 @@ def behind_api(endpoint: Endpoint, question: str) -> PairJudge:
 
 
 def local(source: str, question: str, *, both_orders: bool, seed: int, device: torch.device | str) -> PairJudge:
-    """Load a reward model or a causal language model; its config.json tells which.
+    """Load a reward model or a causal language model; its config.json decides which.
 
     Raises:
-        ValueError: a question or a random order is set for a reward model, which is asked nothing.
+        ValueError: a question or a random order is set for a reward model, which gets no question.
     """
     if is_classifier(source):
         if not both_orders or question != judges.QUESTION:

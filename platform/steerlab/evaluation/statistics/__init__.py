@@ -1,1 +1,1 @@
-"""From observations to numbers with an error."""
+"""Turn observations into numbers with an error."""

@@ -1,13 +1,13 @@
-"""All that a task's model wrote, as one Parquet file that pandas, polars and DuckDB read without this package.
+"""All texts generated for a task, as one Parquet file that pandas, polars and DuckDB read without this package.
 
     generations.parquet   a row for each item and strength
         id, strength      the item, and the strength of the patch
-        ...               what the task keeps of an item: its prompt, the text that the model wrote, what a scorer said of it
+        ...               the task's fields of an item: its prompt, the generated text, the output of a scorer
         <task>/<metric>   the item's observation at that strength (of a perplexity in nats, whose mean is taken before exp);
-                          null where the item could not be judged or does not count
+                          null if the item could not be judged or does not count
 
-Columns are texts, numbers and booleans; lists and objects are written as JSON. The file's metadata hold one JSON object under
-the name `steerlab`: the task's config and the keys of the artifacts that the model and its patch are.
+Columns are texts, numbers and booleans; lists and objects are written as JSON. The file's metadata has one JSON object under
+the name `steerlab`: the task's config, and the keys of the artifacts of the model and its patch.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from steerlab.guards.json_values import JsonObject
 
 NAME = "generations.parquet"
 TEXTS = ("continuation", "output", "output_in_data", "answer", "response", "responses", "generation", "text")
-"""Columns that hold what a model wrote. Tasks name it differently; the first of these that a row has is taken."""
+"""Columns of generated texts. Tasks use different names; the first of these that a row has is taken."""
 PROMPTS = ("prompt", "instruction", "question")
-"""The same for prompts."""
+"""Columns of prompts; the first of these that a row has is taken."""
 _METADATA = b"steerlab"
 _NUMBERS = {pa.int64(), pa.float64()}
 _PLAIN = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
@@ -39,13 +39,13 @@ def table(
     """Return a task's samples beside the observations of their items.
 
     Args:
-        samples: JSON objects, one for each item and strength; several if an item was asked in several ways.
+        samples: JSON objects, one for each item and strength; several if the item has several prompts.
         observations: the task's observations, whose ids and strengths are those of the samples.
-        about: what made the texts, for the metadata of the file.
+        about: origin of the texts, for the metadata of the file.
     """
     names = dict.fromkeys(["id", "strength", *(name for sample in samples for name in sample)])
     columns = {name: _column([sample.get(name) for sample in samples]) for name in names}
-    # An id is a text in observations, and joins the two.
+    # Ids are texts in observations, so they are converted before the join.
     columns["id"] = pa.array([None if sample.get("id") is None else str(sample["id"]) for sample in samples], pa.string())
     columns["strength"] = pa.array([_number(sample.get("strength")) for sample in samples], pa.float64())
     items = list(zip(columns["id"].to_pylist(), columns["strength"].to_pylist(), strict=True))
@@ -55,7 +55,7 @@ def table(
 
 
 def with_metadata(written: pa.Table, about: Mapping[str, object]) -> pa.Table:
-    """Return a table with what made its texts or verdicts in the metadata."""
+    """Return a table with the origin of its texts or verdicts in the metadata."""
     return written.replace_schema_metadata({_METADATA: json.dumps(about, ensure_ascii=False).encode()})
 
 
@@ -66,7 +66,7 @@ def joined(steered: pa.Table, plain: pa.Table, plain_strength: float) -> pa.Tabl
     plain = plain.set_column(number, "strength", strengths).replace_schema_metadata(steered.schema.metadata)
     for name in set(steered.column_names) & set(plain.column_names):
         steered, plain = _alike(steered, plain, name), _alike(plain, steered, name)
-    # Permissive: whole numbers on one side become fractions as on the other, and a column of one side is null on the other.
+    # "permissive" converts integers to floats if the other side has floats, and fills a column that one side lacks with null.
     return pa.concat_tables([steered, plain], promote_options="permissive")
 
 
@@ -75,10 +75,10 @@ def _alike(table: pa.Table, other: pa.Table, name: str) -> pa.Table:
     column, kind = table[name], other.schema.field(name).type
     number = table.column_names.index(name)
     if column.null_count == len(column):
-        # No value tells what the column holds, so it was written as one of texts.
+        # The column has only nulls, and so was written as a column of texts.
         return table.set_column(number, name, pa.nulls(len(column), kind))
     if column.type != kind and not {column.type, kind} <= _NUMBERS and other[name].null_count < len(other):
-        # As within one column: values of several types are written as JSON.
+        # Values of several types are written as JSON, as within one column.
         return table.set_column(number, name, pa.array(list(_as_texts(column.to_pylist())), pa.string()))
     return table
 
@@ -91,7 +91,7 @@ def dumped(written: pa.Table) -> bytes:
 
 
 def about(schema: pa.Schema) -> JsonObject:
-    """Return what made the texts of a file; empty for a file that another program wrote."""
+    """Return the origin of a file's texts; empty for a file that another program wrote."""
     metadata = schema.metadata or {}
     with explained("the metadata `steerlab` of the file"):
         content = json.loads(metadata.get(_METADATA, b"{}"))
@@ -104,7 +104,7 @@ def _column(values: Sequence[object]) -> pa.Array:
         kinds = {float}
     if len(kinds) == 1 and (plain := _PLAIN.get(next(iter(kinds)))) is not None:
         return pa.array(values, plain)
-    # Neither a struct nor a union: every reader understands a text, and a column has one type whatever the rows hold.
+    # Such values become texts instead of structs or unions, which not every reader supports.
     return pa.array(list(_as_texts(values)), pa.string())
 
 

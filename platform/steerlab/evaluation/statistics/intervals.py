@@ -23,7 +23,7 @@ Z = 1.959963984540054
 
 _NUM_RESAMPLES = 10_000
 _RESAMPLED_AT_ONCE = 2_000_000
-"""Entries of one block of bootstrap indices (16 MB)."""
+"""Number of entries of one block of bootstrap indices (16 MB)."""
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -36,19 +36,19 @@ def wilson(share: float, n: int) -> tuple[float, float]:
         share: the proportion, between 0 and 1.
         n: number of items, at least 1.
     """
-    # Wilson's interval is used rather than the normal approximation share +- z s, which has length 0 at a share of 0 or 1.
+    # Wilson's interval is used because the normal approximation share +- z s has length 0 at a share of 0 or 1.
     shrink = 1 + Z**2 / n
     centre = (share + Z**2 / (2 * n)) / shrink
     half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / shrink
-    # At a share of 0 or 1 the formula gives that end exactly, but rounding would miss it by a little.
+    # At a share of 0 or 1 the formula gives that end exactly, up to rounding, which is avoided here.
     return (0.0 if share == 0 else centre - half), (1.0 if share == 1 else centre + half)
 
 
 def student(mean: float, error: float | None, n: int) -> tuple[float, float] | None:
-    """Return mean +- t error, with Student's t for n - 1 degrees of freedom; None if there is no error (n = 1)."""
+    """Return mean +- t error, with Student's t for n - 1 degrees of freedom; None without an error (n = 1)."""
     if error is None:
         return None
-    # t and not 1.96: with 4 seeds the normal quantile would make the interval nearly 40 % too short.
+    # With 4 seeds, the normal quantile 1.96 instead of t would make the interval nearly 40 % too short.
     half = float(special.stdtrit(n - 1, 0.975)) * error
     return mean - half, mean + half
 
@@ -72,7 +72,7 @@ def sign(value_N: np.ndarray) -> tuple[float, float] | None:
     even their whole range misses the median in more than 5 % of cases.
     """
     n = len(value_N)
-    # The number of values below the median is binomial with p = 1/2, so its distribution function tells how many of the
+    # The number of values below the median is binomial with p = 1/2, so its distribution function gives how many of the
     # smallest (and of the largest) values can be dropped with an error of at most 2.5 % on each side.
     left_out = sum(float(special.bdtr(k, n, 0.5)) <= 0.025 for k in range(n))
     if left_out == 0:
@@ -83,7 +83,7 @@ def sign(value_N: np.ndarray) -> tuple[float, float] | None:
 
 def resampled(num_items: int, num_resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Yield blocks (R, N) of item indices drawn with replacement, `num_resamples` rows in all."""
-    # In blocks, because all indices of 10,000 resamples of 10,000 items at once would need 800 MB.
-    block = max(1, _RESAMPLED_AT_ONCE // num_items)  # the numbers do not depend on the block: they are drawn row by row
+    # Indices are drawn in blocks, because 10,000 resamples of 10,000 items would need 800 MB at once.
+    block = max(1, _RESAMPLED_AT_ONCE // num_items)  # numbers are drawn row by row, so they do not depend on the block
     for start in range(0, num_resamples, block):
         yield rng.integers(0, num_items, (min(block, num_resamples - start), num_items))

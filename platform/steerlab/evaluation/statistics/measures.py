@@ -1,7 +1,7 @@
-"""What tasks measure: the name, direction, unit and range of each number, and how it is computed from observations.
+"""Measures of tasks: name, direction, unit and range of each metric, and how it is computed from observations.
 
-A task declares its measures once, in its own file. The platform reads them to check the name of a METRIC, to choose whether a
-search maximises or minimises, to mark the best values and the Pareto front on the report's page, to keep intervals within the
+A task declares its measures once, in its own file. The platform uses them to check the name of a METRIC, to choose whether a
+search maximises or minimises, to mark the best values and the Pareto front in the report, to clip intervals to the
 range of a number, and to label axes with units.
 """
 
@@ -26,22 +26,22 @@ class Measure(NamedTuple):
     unit: str = ""
     """Unit for axes and tables (`nats`, `tokens`); empty if the number has none."""
     low: float | None = None
-    """Smallest possible value, where an interval is cut off; None if unbounded or unknown."""
+    """Smallest possible value, at which intervals are clipped; None if unbounded or unknown."""
     high: float | None = None
-    """Largest possible value, where an interval is cut off; None if unbounded or unknown."""
+    """Largest possible value, at which intervals are clipped; None if unbounded or unknown."""
     transform: Transform = "identity"
 
     @property
     def is_share(self) -> bool | None:
         """Whether the declared range is 0 to 1; None if the task declares neither a range nor a unit."""
-        # A unit without a range declares something else than a share as well: "words" are not proportions.
+        # A unit without a range also excludes a share: a number of "words" is not a proportion.
         if self.low is None and self.high is None and not self.unit:
             return None
         return (self.low, self.high) == (0.0, 1.0)
 
     @property
     def mode(self) -> Literal["min", "max"] | None:
-        """The direction as Ray Tune names it; None if no direction is better."""
+        """The direction in Ray Tune's words; None if no direction is better."""
         return None if self.better is None else "max" if self.better == "higher" else "min"
 
 
@@ -65,8 +65,8 @@ LOSSES = {name: Measure(name, "lower") for name in ("train/loss", "eval/loss")}
 
 
 def find(measures: Iterable[Measure], name: str) -> Measure | None:
-    """Return the measure called `name`, else the first one whose pattern matches it, else None."""
+    """Return the measure called `name`, or else the first one whose pattern matches it, or else None."""
     candidates = list(measures)
-    # The exact name goes first: the pattern `*` of a task would otherwise hide the measures after it.
+    # An exact name has priority, since the pattern `*` of a task would otherwise match it first.
     exact = (measure for measure in candidates if measure.name == name)
     return next(exact, None) or next((measure for measure in candidates if fnmatchcase(name, measure.name)), None)

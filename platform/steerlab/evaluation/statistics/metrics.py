@@ -1,6 +1,6 @@
-"""What a task is, and what it returns: observations of items, and samples.
+"""Interface of tasks, and their results: observations of items, and samples.
 
-An item that could not be judged has the value None: it is counted by its reason and is part of no mean.
+An item that could not be judged has the value None: it is counted by its reason and excluded from means.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ TOO_LONG: Literal["too_long"] = "too_long"
 Score = float | None | Literal["too_long"]
 """Output of a scorer or a judge: a number, None if it cannot decide, `TOO_LONG` if the text exceeds its context."""
 Reason = Literal["too_long", "cut"]
-"""too_long: the item did not fit and has no value; cut: it has a value, from a prompt whose beginning was cut off."""
+"""too_long: the item did not fit and has no value; cut: it has a value, from a truncated prompt."""
 
 MAX_SAMPLES = 20
-"""Number of a task's samples that pages show; all of them are kept in a file (`generations`)."""
+"""Number of a task's samples that pages show; a file has all of them (`generations`)."""
 
 
 TokenKinds = frozenset[tuple[Phase, Role]]
-"""Kinds of tokens as (phase, role); the role `response` is the role that the job sets as `data.response_role`."""
+"""Kinds of tokens as (phase, role); the role `response` means the job's `data.response_role`."""
 EVERY_TOKEN: TokenKinds = frozenset(itertools.product(get_args(Phase), get_args(Role)))
 
 
@@ -57,11 +57,11 @@ class Observation(NamedTuple):
     metric: str
     """Full name, `task/name`."""
     id: str
-    """Identifies the item. It is the same in every run over the same data, so that two runs can be compared item by item."""
+    """Id of the item. It is the same in every run over the same data, so that two runs can be compared item by item."""
     value: float | None
     """None if the output could not be judged."""
     weight: float = 1.0
-    """Weight in the mean; 0 leaves the item out."""
+    """Weight in the mean; 0 excludes the item."""
     strength: float = 1.0
     """Strength of the patch at which the item was evaluated."""
     reason: Reason | None = None
@@ -69,14 +69,14 @@ class Observation(NamedTuple):
 
 
 def observed(metric: str, item_id: str, score: Score, strength: float = 1.0, weight: float = 1.0) -> Observation:
-    """Return the observation of an item from the score that a scorer or a judge gave it."""
+    """Return the observation of an item from the score of a scorer or a judge."""
     if isinstance(score, str):
         return too_long(Observation(metric, item_id, None, 1.0, strength))
     return Observation(metric, item_id, score, weight, strength)
 
 
 def score_of(observations: Sequence[Observation], metric: str) -> Score:
-    """Return what an item's observations say of a metric; None if it could not be judged or is not among them."""
+    """Return the value of a metric in an item's observations; None if it could not be judged or is missing."""
     found = next((o for o in observations if o.metric == metric), None)
     return None if found is None else TOO_LONG if found.reason == TOO_LONG else found.value
 
@@ -87,22 +87,22 @@ def too_long(observation: Observation) -> Observation:
 
 
 Scorer = Callable[[Sequence[Written]], list[list[Observation]]]
-"""Judges texts without the model that wrote them: the observations of each text, in the order of the texts."""
+"""Function that judges texts without the model that wrote them; returns the observations of each text, in order."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Output of a task: observations, samples, and the measures that say how each metric is summarised."""
+    """Output of a task: observations, samples, and the measures that define how each metric is summarised."""
 
     observations: list[Observation]
     samples: Sequence[Mapping[str, object]]
     """Inputs with the model's outputs as JSON objects: one for each item and strength, with its `id` and `strength`."""
     measures: Sequence[Measure] = ()
-    """The measures that the task declares for its config."""
+    """Measures that the task declares for its config."""
     files: dict[str, bytes] = field(default_factory=dict)
     """Images to be stored with the metrics: path below the task's folder -> content."""
     num_shown: int | None = MAX_SAMPLES
-    """Number of samples that pages show, evenly spaced; None shows all. All samples are kept in any case."""
+    """Number of samples that pages show, evenly spaced; None shows all. All samples are stored in any case."""
 
     def measure(self, metric: str) -> Measure:
         """Return the measure of a metric (`task/name`); if the task declares none, a mean without direction, unit or range."""
@@ -111,7 +111,7 @@ class Result:
 
 
 class Task(NamedTuple, Generic[_M, _C]):
-    """An evaluation: its config, the function that runs it on a model, and what the platform asks it before it runs."""
+    """An evaluation: its config, the function that runs it on a model, and functions that the platform calls before it runs."""
 
     Config: type[_C]
     run: Callable[[_M, _C], Result]
@@ -119,20 +119,20 @@ class Task(NamedTuple, Generic[_M, _C]):
     measures: Callable[[_C], Sequence[Measure]]
     """config -> the numbers that the task reports."""
     version: int = 1
-    """Raised whenever the task's own data or scoring changes, so that stored results of older versions are not reused."""
+    """Increased when the task's own data or scoring changes, so that results of older versions are not reused."""
     kinds: tuple[str, ...] = ("causal_lm",)
     """Kinds of model that the task evaluates."""
     chats: Callable[[_C], bool] = lambda config: True
     """config -> whether the task's prompts are conversations, which need the model's chat template."""
     check: Callable[[_C, ModelFacts], None] = lambda config, facts: None
-    """Refuses, before anything starts, a config that names rows, models or packages that do not exist, or that does not go with
-    the model. Raises ValueError with the field and the reason. Data sets of the config are checked elsewhere for all tasks."""
+    """Refuses, before the start, a config that names missing rows, models or packages, or that does not fit
+    the model. Raises ValueError with the field and the reason. Data sets are checked elsewhere for all tasks."""
     runs_over: Callable[[_C, str | None], TokenKinds] = lambda config, metric: EVERY_TOKEN
-    """(config, metric) -> the kinds of tokens that the patched model processes for that metric, or for any metric if it is
+    """(config, metric) -> kinds of tokens that the patched model processes for that metric, or for any metric if it is
     None. A patch that acts on none of these tokens cannot change the metric."""
     scorer: Callable[[_C, Any], Scorer] | None = None
-    """(config, device) -> the scorer of the task's texts, with its models loaded; `run` judges by the same one. None if the
-    task does not judge texts, or judges them by more than the columns of a file."""
+    """(config, device) -> the scorer of the task's texts, with its models loaded; `run` uses the same one. None if the
+    task does not judge texts, or needs more than the columns of a file."""
     example: Mapping[str, JsonValue] = {}
     """Values of the config's fields without a default, for the catalogue."""
 
@@ -146,5 +146,5 @@ def spread(samples: Sequence[Mapping[str, object]], most: int | None = MAX_SAMPL
     """Return at most `most` samples, evenly spaced; None returns all."""
     if most is None or len(samples) <= most:
         return list(samples)
-    # Evenly spaced rather than the first ones, so that every strength, attack and category of a task is among them.
+    # The samples are evenly spaced, so that every strength, attack and category of a task is among them.
     return [samples[i * len(samples) // most] for i in range(most)]

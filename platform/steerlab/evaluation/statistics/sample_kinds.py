@@ -1,7 +1,7 @@
-"""Samples that the report draws: a text with a value for each token, and a histogram of several groups of values.
+"""Kinds of samples that the report draws: a text with a value per token, and a histogram of several groups of values.
 
-A task returns them among its samples, beside texts. They are plain JSON objects, which the report recognises by the field
-`kind`; other readers, such as tables of W&B, show their lists as they are.
+A task returns them among its samples, besides texts. They are plain JSON objects, which the report recognises by the field
+`kind`; other readers, such as tables of W&B, show their lists as text.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ def heat_map(
         strength: strength of the patch.
         tokens: texts of the tokens, in order.
         values: a finite number for each token; None for a token without a value.
-        unit: what the values are, with their unit.
+        unit: meaning and unit of the values.
         title: a line above the text.
 
     Raises:
-        ValueError: there are not as many values as tokens, or a value is NaN or infinite.
+        ValueError: the numbers of values and tokens differ, or a value is NaN or infinite.
     """
     if len(tokens) != len(values):
         raise ValueError(f"{len(values)} values for {len(tokens)} tokens")
     if not all(value is None or math.isfinite(value) for value in values):
-        raise ValueError("a token's value is NaN or infinite; None stands for no value")
+        raise ValueError("a token's value is NaN or infinite; give None for a missing value")
     shown = [None if value is None else float(f"{value:.4g}") for value in values]
     return {
         "id": item_id,
@@ -52,10 +52,10 @@ def histogram(
     """Return histograms of groups of values over common bins of equal width, as shares of each group.
 
     Args:
-        item_id: what is counted.
+        item_id: meaning of the counted values.
         strength: strength of the patch.
-        groups: finite values by the name of their group; a group without values is left out.
-        unit: what the values are, with their unit.
+        groups: finite values by the name of their group; a group without values is skipped.
+        unit: meaning and unit of the values.
         bins: number of bins between the smallest and the largest of all values.
     """
     filled = {name: values for name, values in groups.items() if len(values)}

@@ -1,8 +1,8 @@
-"""Several seeds of one task: an item counts with its mean over the seeds, and the spread between seeds is reported beside it.
+"""Several seeds of one task: an item's value is its mean over the seeds, and the spread between seeds is reported separately.
 
-An interval says how much a number would change with other items, and the items of one seed are those of the next: pooled as
-if they were independent, three seeds would make it shorter by sqrt(3) for nothing. So each item becomes one observation first.
-What another seed would change is a second number, the standard deviation of the metric between seeds.
+An interval describes how much a number would change with other items, but all seeds have the same items: treating three seeds
+as independent would shorten the interval by sqrt(3) without reason. So each item becomes one observation first. The effect of
+another seed is reported as a second number, the standard deviation of the metric between seeds.
 
 Axis legend: K seeds.
 """
@@ -21,13 +21,13 @@ from steerlab.job import TaskConfig
 
 
 def run(task: Task[Any, Any], model: object, config: TaskConfig) -> list[Result]:
-    """Run a task with each of its seeds; with its only seed if the config names no others."""
+    """Run a task with each of its seeds; only with `seed` if the config has no `seeds`."""
     if not config.seeds:
         return [task.run(model, config)]
     results = []
     for seed in config.seeds:
         result = task.run(model, config.model_copy(update={"seed": seed}))
-        # The texts of an item differ by seed, and in the file of all texts the rows of an item have to be told apart.
+        # The texts of an item differ by seed, so the seed is added to distinguish the rows of an item in the file of all texts.
         results.append(replace(result, samples=[{**sample, "task_seed": seed} for sample in result.samples]))
     return results
 
@@ -59,7 +59,7 @@ def summarise(results: Sequence[Result]) -> dict[float, dict[str, Metric]]:
     def with_deviation(strength: float, name: str, metric: Metric) -> Metric:
         numbers = [of_seed.get(strength, {}).get(name) for of_seed in of_seed_K]
         values = [number.value for number in numbers if number is not None and number.value is not None]
-        # Of one value no spread can be told: the other seeds have scored no item of this metric.
+        # A single value has no spread: the other seeds have scored no item of this metric.
         return metric._replace(seed_deviation=statistics.stdev(values)) if len(values) > 1 else metric
 
     return {
@@ -78,10 +78,10 @@ def _mean(of_seed_K: Sequence[Observation]) -> Observation:
     """Return an item's observation over its seeds: sum w v / sum w, with the mean weight of the seeds that could be judged."""
     scored = [o for o in of_seed_K if o.value is not None]
     if not scored:
-        # Too long with one seed is too long with all of them, except where a prompt is random (an attack in its middle).
+        # An item that is too long with one seed is so with all seeds, unless prompts are random (an attack at a random place).
         return next((o for o in of_seed_K if o.reason == TOO_LONG), of_seed_K[0])
     weight = sum(o.weight for o in scored)
-    # Of a conditional share (SEP) the item counts as often as its condition held, so that numerator and denominator add up.
+    # In a conditional share (SEP) the item is weighted by how often its condition held, so numerator and denominator add up.
     value = sum(o.weight * (o.value or 0.0) for o in scored) / weight if weight else scored[0].value
     reason = next((o.reason for o in scored if o.reason is not None), None)
     return scored[0]._replace(value=value, weight=weight / len(scored), reason=reason)

@@ -1,4 +1,4 @@
-"""The files that the evaluation of one task stores: the evaluation stage writes them, reports and comparisons read them.
+"""The files of one task's evaluation: the evaluation stage writes them, reports and comparisons read them.
 
 An artifact may have been copied from another person's ROOT, so every file is validated when it is read.
 """
@@ -49,12 +49,12 @@ def _number(text: str) -> str:
 StrengthKey = Annotated[str, AfterValidator(_number)]
 """A strength as a key of a JSON object, which can only be a string; `by_strength` turns it back into a number."""
 MetricNumbers: TypeAlias = dict[str, Any]
-"""A metric in JSON: name (value, low, high, n, ...) -> number. Files of earlier versions have fewer names."""
+"""A metric in JSON: name (value, low, high, n, ...) -> number. Files of earlier versions may lack some names."""
 _Number = float | None
 
 
 class Metric(saved.Shape):
-    """The fields of a stored metric that readers use: see `summaries.Metric`."""
+    """Fields of a stored metric that readers use; see `summaries.Metric`."""
 
     value: _Number
     n: int | None = None
@@ -68,7 +68,7 @@ class Metric(saved.Shape):
 
 
 class StoredMeasure(saved.Shape):
-    """A measure in `metrics.json`: see `measures.Measure`, whose name is the key here."""
+    """A measure in `metrics.json`; see `measures.Measure`, whose name is the key here."""
 
     better: Better | None = None
     unit: str = ""
@@ -81,21 +81,21 @@ class _Metrics(saved.Shape):
     strengths: dict[StrengthKey, dict[str, Metric]]
     measures: dict[str, StoredMeasure] = {}
     transforms: dict[str, Transform] = {}
-    """What earlier versions wrote instead of `measures`."""
+    """Earlier versions wrote this instead of `measures`."""
     asked: dict[str, float | str] = {}
 
 
 class Sample(saved.Shape):
-    """An input with the model's output, for people to read."""
+    """An input with the model's output, in readable form."""
 
     id: object = None
-    """None for a sample that describes no item, such as the conditions of a timing."""
+    """None for a sample without an item, such as the conditions of a timing."""
     strength: _Number = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that the evaluation of one task stores."""
+    """All results of one task's evaluation."""
 
     observations: Sequence[Observation]
     samples: Sequence[Mapping[str, object]] = ()
@@ -107,9 +107,9 @@ class Outcome:
     measures: Mapping[str, Measure] = field(default_factory=dict)
     """metric -> its measure."""
     num_shown: int | None = MAX_SAMPLES
-    """Number of samples for people to read; None for all."""
+    """Number of samples in `samples.json`; None for all."""
     asked: Mapping[str, object] = field(default_factory=dict)
-    """What a judge behind an API was asked and what it cost; empty without one."""
+    """Calls to a judge's API and their cost; empty if none was asked."""
 
 
 def write(directory: Path, outcome: Outcome, about: Mapping[str, object] | None = None) -> None:
@@ -123,13 +123,13 @@ def write(directory: Path, outcome: Outcome, about: Mapping[str, object] | None 
     for path, content in outcome.files.items():
         (directory / FILES / path).parent.mkdir(parents=True, exist_ok=True)
         (directory / FILES / path).write_bytes(content)
-    # Measures are stored with the numbers, so that a report needs neither the task's code nor the package that it came from.
+    # Measures are stored with the numbers, so that a report does not need the task's code.
     measures = {name: dumped(measure) for name, measure in outcome.measures.items()}
     asked = {"asked": outcome.asked} if outcome.asked else {}
     (directory / _METRICS).write_text(json.dumps({"strengths": outcome.metrics, "measures": measures, **asked}, indent=1))
 
 
-# JSON writes the shortest text that gives the same double again, so a strength survives as a key.
+# JSON writes the shortest text that parses to the same double, so a strength as a key is exact.
 def by_strength(keyed: Mapping[str, _T]) -> dict[float, _T]:
     """Return a JSON object keyed by strength with the keys as numbers, in the same order."""
     return {float(strength): value for strength, value in keyed.items()}
@@ -146,7 +146,7 @@ def strengths(directory: Path) -> dict[float, dict[str, MetricNumbers]]:
 def measures(directory: Path) -> dict[str, Measure]:
     """Read metric -> measure. Raises ValueError if the file is damaged.
 
-    Files of earlier versions hold the transform only, so that direction, unit and range are unknown.
+    Files of earlier versions have only the transform, so direction, unit and range are unknown.
     """
     content = saved.read(directory / _METRICS, _Metrics)
     return {name: Measure(name, None, transform=transform) for name, transform in content.transforms.items()} | {
@@ -155,7 +155,7 @@ def measures(directory: Path) -> dict[str, Measure]:
 
 
 def asked(directory: Path) -> dict[str, float | str]:
-    """Read what a judge behind an API was asked and what it cost; empty without one. Raises ValueError if damaged."""
+    """Read the calls to a judge's API and their cost; empty without a judge. Raises ValueError if damaged."""
     return dict(saved.read(directory / _METRICS, _Metrics).asked)
 
 
@@ -173,10 +173,10 @@ def observations(directory: Path, strength: float) -> list[Observation]:
     """Read the observations at one strength. Raises ValueError if the file is damaged."""
     path = directory / _OBSERVATIONS
     with explained(str(path)):
-        # Parquet keeps doubles exactly, so a strength compares equal. The cast refuses columns of unfit types.
+        # Parquet stores doubles exactly, so strengths can be compared. The cast refuses columns of other types.
         table = pq.read_table(path, columns=_COLUMNS.names, filters=[("strength", "=", strength)]).cast(_COLUMNS)
         rows = table.to_pylist()
-    # Columns of a Parquet file may hold nulls, which only `value` and `reason` are allowed to.
+    # Every column of a Parquet file may have nulls, but only `value` and `reason` are allowed to.
     if any(row["metric"] is None or row["id"] is None or row["weight"] is None for row in rows):
         raise saved.SavedError(f"{path} is damaged: an item has no metric, id or weight")
     return [Observation(**row) for row in rows]
@@ -188,6 +188,6 @@ def samples(directory: Path) -> list[JsonObject]:
 
 
 def written(directory: Path) -> pa.Table:
-    """Read all that the model wrote. Raises ValueError if the file is damaged."""
+    """Read all generated texts. Raises ValueError if the file is damaged."""
     with explained(str(directory / generations.NAME)):
         return pq.read_table(directory / generations.NAME)

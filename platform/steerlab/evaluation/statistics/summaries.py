@@ -1,6 +1,6 @@
-"""Observations of a task, summarised as numbers with an error.
+"""Summarise the observations of a task as numbers with an error.
 
-A number is a weighted mean over items. Shares (weight 1), conditional shares (an item with weight 0 is left out, as in SEP)
+A number is a weighted mean over items. Shares (weight 1), conditional shares (an item with weight 0 is excluded, as in SEP)
 and means over tokens (weight = number of tokens) therefore have the same formula and the same standard error. Only times are
 medians.
 """
@@ -20,7 +20,7 @@ from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result
 
 
 class Metric(NamedTuple):
-    """A number with its standard error and 95 % interval, and how many items were scored and left out.
+    """A number with its standard error and 95 % interval, and the numbers of scored and skipped items.
 
     For a share near 0 or 1 read the interval, not the error: 12 of 12 have a standard error of 0 and an interval from 0.76.
     """
@@ -34,9 +34,9 @@ class Metric(NamedTuple):
     unparsable: int
     """Number of items whose output could not be judged."""
     low: float | None = None
-    """Lower end of the 95 % interval; None if there is one item only and it is not a share."""
+    """Lower end of the 95 % interval; None for a single item that is not a share."""
     high: float | None = None
-    """Upper end of the 95 % interval; None where `low` is."""
+    """Upper end of the 95 % interval; None if `low` is None."""
     too_long: int = 0
     """Number of items that did not fit into the model's context. They are not scored and not counted as unparsable."""
     rows_cut: int = 0
@@ -58,7 +58,7 @@ def summarise(
     standard error is |f'(m)| sqrt(n/(n-1) sum w^2 (v - m)^2) / sum w. For equal weights this is s/sqrt(n); for unequal weights
     it is the error of a ratio of means (items, not tokens, are the independent draws); for f = exp it is the delta method.
 
-    The transform decides the value and its 95 % interval:
+    The transform defines the value and its 95 % interval:
 
         identity    f(m) = m; Wilson's interval if the values are a share, otherwise Student's m +- t s
         mean        f(m) = m; always Student's interval
@@ -71,9 +71,9 @@ def summarise(
     Args:
         observations: items of one metric at one strength.
         transform: see above.
-        bounds: smallest and largest possible value of the number, None for no bound; the interval is cut off there.
-        is_share: for `identity`, whether the metric is declared as a share. True or None takes Wilson's interval if every value
-            is 0 or 1 and all weights are equal; False never does. None means that nothing is declared about the metric.
+        bounds: smallest and largest possible value of the number, None for no bound; the interval is clipped there.
+        is_share: for `identity`, whether the metric is declared as a share. True or None use Wilson's interval if every value
+            is 0 or 1 and all weights are equal; False never does. None means that the metric has no declaration.
 
     Raises:
         ValueError: a weight is negative or the transform is unknown.
@@ -85,7 +85,7 @@ def summarise(
         "rows_cut": sum(o.reason == "cut" for o in observations),
     }
     n = len(value_N)
-    # Nothing to average, but the counts of what was left out are worth reporting.
+    # Without scored items there is no mean, but the counts of skipped items are reported.
     if n == 0:
         return Metric(None, None, 0, **left_out)
     if transform == "median":
@@ -94,7 +94,7 @@ def summarise(
     value, slope = _transformed(mean, transform)
     error = _error(value_N, weight_N, mean)
     interval = _interval(value_N, weight_N, mean, error, transform, is_share)
-    # The interval is transformed after it is computed: it is symmetric in nats, not in the perplexity.
+    # The interval is transformed after it is computed: it is symmetric in nats, but not in the perplexity.
     low, high = (None, None) if interval is None else (_within(_transformed(end, transform)[0], bounds) for end in interval)
     # Delta method: the error of f(m) is |f'(m)| times that of m.
     return Metric(value, None if error is None else slope * error, n, low=low, high=high, **left_out)
@@ -122,7 +122,7 @@ def _within(value: float, bounds: tuple[float | None, float | None]) -> float:
 
 
 def left_out(metric: Mapping[str, object]) -> str:
-    """Describe the items that a metric (as JSON) leaves out: `2 unparsable, 1 too long`; empty if it leaves out none."""
+    """Describe the skipped items of a metric (as JSON): `2 unparsable, 1 too long`; empty if none was skipped."""
     words = {"unparsable": "unparsable", "too_long": "too long", "rows_cut": "cut"}
     return ", ".join(f"{metric[name]} {word}" for name, word in words.items() if metric.get(name))
 
@@ -131,7 +131,7 @@ def _scored(observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray
     for observation in observations:
         if observation.weight < 0:
             raise ValueError(f"weight {observation.weight} of item {observation.id!r} ({observation.metric}) is below 0")
-    # An item without weight is left out of n as well, or the standard error of a conditional share would be too small.
+    # Items without weight do not count in n either, otherwise the standard error of a conditional share would be too small.
     pairs = [(o.value, o.weight) for o in observations if o.value is not None and o.weight > 0]
     values, weights = zip(*pairs, strict=True) if pairs else ((), ())
     return np.array(values, dtype=float), np.array(weights, dtype=float)
@@ -141,13 +141,13 @@ def _error(value_N: np.ndarray, weight_N: np.ndarray, mean: float) -> float | No
     n = len(value_N)
     if n == 1:
         return None  # the spread of a single item is unknown, not 0
-    # The linearised variance of a ratio of sums, sum(w v) / sum(w): its denominator varies from sample to sample as well.
+    # The linearised variance of a ratio of sums, sum(w v) / sum(w): its denominator also varies from sample to sample.
     squares = float(np.square(weight_N * (value_N - mean)).sum())
     return math.sqrt(n / (n - 1) * squares) / float(weight_N.sum())
 
 
 def _looks_like_share(value_N: np.ndarray, weight_N: np.ndarray) -> bool:
-    # Wilson's interval counts successes among n items, which unequal weights do not give.
+    # Wilson's interval counts successes among n items, which is impossible with unequal weights.
     return bool(np.isin(value_N, (0.0, 1.0)).all() and (weight_N == weight_N[0]).all())
 
 
@@ -156,16 +156,16 @@ def _interval(
 ) -> tuple[float, float] | None:
     if transform == "bootstrap":
         return intervals.bootstrap(value_N, weight_N)
-    # Counts of words that all happen to be 0 or 1 look like a share; only the declaration of the measure tells them apart.
+    # Numbers of words that all happen to be 0 or 1 look like a share; only the measure's declaration distinguishes them.
     if transform == "share" or (transform == "identity" and is_share is not False and _looks_like_share(value_N, weight_N)):
         return intervals.wilson(mean, len(value_N))
     return intervals.student(mean, error, len(value_N))
 
 
 def _median(value_N: np.ndarray, left_out: Mapping[str, int]) -> Metric:
-    """Summarise items by their median; their weights do not matter."""
+    """Summarise items by their median, ignoring their weights."""
     low, high = intervals.sign(value_N) or (None, None)
-    # For a normal distribution the interval is 2 z errors long, so its length over 2 z estimates the error.
+    # For a normal distribution, the interval's length is 2 z errors, so its length divided by 2 z estimates the error.
     error = None if low is None or high is None else (high - low) / (2 * intervals.Z)
     return Metric(float(np.median(value_N)), error, len(value_N), low=low, high=high, **left_out)
 
@@ -173,7 +173,7 @@ def _median(value_N: np.ndarray, left_out: Mapping[str, int]) -> Metric:
 def _transformed(mean: float, transform: str) -> tuple[float, float]:
     """Return f(mean) and |f'(mean)|."""
     if transform == "exp":
-        # exp(710) overflows a double. The cap keeps the number finite: JSON has no infinity, and a rank needs an order.
+        # exp(710) overflows a double. The cap makes the result finite, since JSON has no infinity and values must be sortable.
         value = float(np.exp(np.minimum(mean, 709.0)))
         return value, value
     if transform not in get_args(Transform):

@@ -1,4 +1,4 @@
-"""A text that a model wrote, apart from the model: what the scorer of a task judges, in a run and in a file that exists."""
+"""A generated text without its model, which a task's scorer judges, in a run and in an existing file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ class Written(NamedTuple):
     """One text with its prompt."""
 
     id: str
-    """The item; the same at every strength."""
+    """Id of the item; the same at every strength."""
     strength: float
     prompt: str
     text: str
     row: Mapping[str, object] = MappingProxyType({})
-    """What else is known of the item, such as its solution: the columns of a file."""
+    """Other fields of the item, such as its solution: the columns of a file."""
 
     def field(self, name: str) -> str:
-        """Return a column of the item as a text. Raises ValueError if it has none."""
+        """Return a column of the item as a text. Raises ValueError if it is missing."""
         value = self.row.get(name)
         if value is None:
             raise ValueError(
-                f"item {self.id} has nothing in a column {name!r}, by which this task judges; it has {', '.join(self.row)}"
+                f"item {self.id} has no value in the column {name!r}, which this task needs; it has {', '.join(self.row)}"
             )
         return str(value)

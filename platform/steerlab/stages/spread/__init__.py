@@ -1,1 +1,1 @@
-"""Work that is spread over workers: shards of data, and the model that each worker holds."""
+"""Distribute the work of a stage over workers: shards of data, and a loaded model in each worker."""

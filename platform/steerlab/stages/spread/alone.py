@@ -1,7 +1,7 @@
 """Run stages in this process instead of on a Ray cluster: for Python sessions, notebooks and small jobs of one worker.
 
-The stages call the same functions with the same arguments and the same number of threads as on a cluster, and leave the same
-artifacts; only where these functions run differs.
+The stages call the same functions with the same arguments and the same number of threads as on a cluster, and write the same
+artifacts; they only run in another place.
 
     with alone.stages():
         plan.run(planned.stages, store, scale, listener, records)
@@ -22,30 +22,30 @@ _A = TypeVarTuple("_A")
 
 @dataclass(frozen=True)
 class Here:
-    """What this process has instead of a cluster."""
+    """Resources of this process, which replace a cluster."""
 
     gpu: bool
-    """Whether stages may use this machine's GPU."""
+    """Whether stages may use a GPU of this machine."""
     models: Mapping[str, object] = field(default_factory=dict)
-    """Models that are loaded already, by source: stages that read such a model take it instead of loading it again."""
+    """Models that are loaded already, by source: a stage on such a model uses it instead of loading it again."""
     start: Path | None = None
     """Folder of the model and patches from which a training starts; None for the model that the stage names."""
     cpus: int = 1
-    """Number of threads of the function that runs."""
+    """Number of threads of the running function."""
 
 
-# A variable of the context and no global: threads of a session that use a cluster at the same time are not concerned.
+# A context variable instead of a global, so that other threads of a session can use a cluster at the same time.
 _HERE: ContextVar[Here | None] = ContextVar("here", default=None)
 
 
 def here() -> Here | None:
-    """Return what this process has, if stages run in it; None if they run on a cluster."""
+    """Return the resources of this process if stages run in it; None if they run on a cluster."""
     return _HERE.get()
 
 
 @contextmanager
 def stages(*, gpu: bool = True, models: Mapping[str, object] | None = None, start: Path | None = None) -> Iterator[None]:
-    """Let the stages of the block run in this process.
+    """Run the stages of the `with` block in this process.
 
     Args:
         gpu: Whether they may use this machine's GPU.
@@ -54,7 +54,7 @@ def stages(*, gpu: bool = True, models: Mapping[str, object] | None = None, star
     """
     import torch
 
-    # Restored by its token: `stages` within `stages` ends with what was before.
+    # The token restores the previous value, so that nested blocks are possible.
     token = _HERE.set(Here(gpu and torch.cuda.is_available(), models or {}, start))
     try:
         yield
@@ -67,8 +67,8 @@ def call(function: Callable[[*_A], _R], arguments: tuple[*_A], num_cpus: float) 
     import torch
 
     now = _HERE.get()
-    assert now is not None, "only within `stages`"
-    # The number of threads changes the last bits of sums.
+    assert now is not None, "`call` needs a block of `stages`"
+    # The number of threads is set, since it changes the last bits of sums.
     threads, cpus = torch.get_num_threads(), max(1, int(num_cpus))
     token = _HERE.set(replace(now, cpus=cpus))
     torch.set_num_threads(cpus)

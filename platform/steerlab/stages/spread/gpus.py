@@ -1,4 +1,4 @@
-"""The GPUs of a cluster's nodes that torch can use there; Ray counts devices, whatever torch is installed beside them."""
+"""Find the GPUs that torch can use on the nodes of a cluster; Ray counts devices even if torch cannot use them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ else:
     ray = late.module("ray")
 
 _LIMIT_S = 240
-"""Seconds for an answer of all nodes: a process is started on each, which imports torch."""
+"""Longest wait for the answers of all nodes, each of which starts a process that imports torch."""
 _known: dict[str, TorchDevices] = {}
-"""Answers by the node's id: a node does not change while it lives."""
+"""Answers by the node's id; the answer of a node does not change while it is alive."""
 
 
 def _ask() -> TorchDevices:
@@ -25,26 +25,26 @@ def _ask() -> TorchDevices:
 
 
 def by_node() -> dict[str, TorchDevices]:
-    """Return what torch finds on each node on which Ray counts GPUs, by the node's address; here, where stages run here."""
+    """Return the devices that torch finds on each node with GPUs, by address; those of this process if stages run in it."""
     if alone.here() is not None:
         return {"this machine": torch_devices.here()} if torch_devices.is_present() else {}
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0)}
-    # Without a GPU of its own, so that it need not wait for one that is in use.
+    # The task reserves no GPU, so that it need not wait for one that is in use.
     ask = ray.remote(num_cpus=0, max_retries=1)(_ask)
     asked = {
         name: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False)).remote()
         for name in nodes
         if name not in _known
     }
-    # All of them, up to the limit: nodes answer at the same time, and one that hangs costs the limit once.
+    # One wait for all nodes, which answer at the same time: several hanging nodes cost the time limit only once.
     done, late = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_LIMIT_S) if asked else ([], [])
     for name, answer in asked.items():
         if answer in done:
             _known[name] = ray.get(answer)
     for name in (name for name, answer in asked.items() if answer in late):
-        # Kept as well: asking the node again would take as long again.
+        # The failure is cached as well, because asking the node again would take the whole limit again.
         _known[name] = TorchDevices("", f"torch did not answer within {_LIMIT_S} s")
     return {node["NodeManagerAddress"]: _known[name] for name, node in nodes.items()}
 
@@ -52,16 +52,16 @@ def by_node() -> dict[str, TorchDevices]:
 def usable() -> bool:
     """Return whether torch can use the GPUs that Ray counts; warns of nodes where it cannot.
 
-    True without such a node: on a cluster that grows, the nodes with GPUs come after something has asked for one.
+    True if no node has GPUs yet: a cluster that grows adds nodes with GPUs only on request.
     """
     wrong = {address: devices for address, devices in by_node().items() if devices.problem}
     for address, devices in wrong.items():
         warnings.warn(f"node {address}: Ray counts GPUs, but {devices.problem}: computing on CPUs", stacklevel=3)
-    # One such node is enough: Ray may place a worker there.
+    # A single such node is enough to return False, since Ray may place a worker there.
     return not wrong
 
 
 def in_words() -> str:
-    """Describe the cluster's GPUs as torch finds them, for people."""
+    """Describe the cluster's GPUs as torch finds them, for messages."""
     nodes = by_node()
     return "; ".join(f"{address}: {devices}" for address, devices in nodes.items()) if nodes else "no GPU"

@@ -1,6 +1,6 @@
 """Run the training loop in Ray Train workers, and continue it from the newest checkpoint when a worker or the controller dies.
 
-Checkpoints are the platform's own (training/checkpoint_folder.py): Ray Train keeps none, and is told of none.
+Checkpoints are written by the platform itself (training/checkpoint_folder.py); Ray Train does not know them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from steerlab.training.request import Request
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-# A progress line twice a second is as much as anybody reads, and each look is a call of an actor.
+# Seconds between two calls of the board: two lines per second are enough for a reader, and each call takes time.
 _POLL_S = 0.5
 
 
 class _News(NamedTuple):
-    """What was put on a board since it was last read."""
+    """Content of a board since it was last read."""
 
     lines: list[dict[str, float]]
     """Metrics of steps."""
@@ -43,16 +43,16 @@ class _News(NamedTuple):
     failures: list[Exception]
 
 
-# An actor, because Ray Train's own reports reach the driver only when `fit` returns.
+# The board is an actor, because Ray Train's own reports reach the driver only when `fit` returns.
 @ray.remote(num_cpus=0)
 class Board:
-    """Holds the metrics that rank 0 sends until the driver takes them."""
+    """Hold the metrics that rank 0 sends until the driver takes them."""
 
     def __init__(self) -> None:
         self._lines: list[dict[str, float]] = []
         self._notes: list[str] = []
         self._failures: list[Exception] = []
-        # Apart from the list: `take` empties that, and a later group of workers still has to know.
+        # A flag besides the list, because `take` empties the list, and a later group of workers still needs to know.
         self._failed = False
 
     def put(self, line: dict[str, float]) -> None:
@@ -64,16 +64,16 @@ class Board:
         self._notes.append(line)
 
     def fail(self, failure: Exception) -> None:
-        """Add an error that another attempt would only repeat."""
+        """Add an error that every further attempt would repeat."""
         self._failed = True
         self._failures.append(failure)
 
     def failed(self) -> bool:
-        """Return whether a rank has added a failure, also if it has been taken since."""
+        """Return whether a rank has added a failure, even if the driver has taken it since."""
         return self._failed
 
     def take(self) -> _News:
-        """Return all that was added since the last call, and forget it."""
+        """Return and remove all content."""
         news = _News(self._lines, self._notes, self._failures)
         self._lines, self._notes, self._failures = [], [], []
         return news
@@ -81,7 +81,7 @@ class Board:
 
 @dataclass(frozen=True)
 class _Launch:
-    """What every worker of a training receives."""
+    """Arguments that every worker of a training receives."""
 
     request: Request[ModelRef]
     scale: ScaleConfig
@@ -97,22 +97,22 @@ def fit(request: Request[ModelRef], scale: ScaleConfig, *, storage: str, report:
 
     Args:
         request: What the training computes.
-        scale: Number and size of the workers. A worker that dies is replaced up to `scale.max_failures` times, and so is Ray
-            Train's controller.
-        storage: Path or URI that all nodes reach. Checkpoints lie there, and a later call continues from the newest one.
+        scale: Number and size of the workers. A worker or Ray Train's controller that dies is replaced, each up to
+            `scale.max_failures` times.
+        storage: Path or URI that all nodes reach. It holds the checkpoints; a later call continues from the newest one.
         report: Takes the metrics of each step once.
 
     Raises:
         ValueError: the loop refused the settings or the data.
-        FloatingPointError: a step was bad (training/bad_steps.py), or a metric of the evaluation NaN or infinite.
+        FloatingPointError: a step was bad (training/bad_steps.py), or a metric of the evaluation is NaN or infinite.
         FullDisk: there is no room for a checkpoint or the artifact.
     """
-    # Ray Train's controller looks at its workers every 2 s by default, and a run waits for a look when it starts and ends.
+    # Ray Train's controller checks its workers every 2 s by default, and a run waits for a check when it starts and ends.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     board: Any = Board.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
-    # One attempt for all groups of workers of this call: the records in a checkpoint tell attempts apart by their own number.
+    # All groups of workers of this call share one id; records in a checkpoint distinguish groups by their own number.
     launch = _Launch(request, scale, board, storage, uuid.uuid4().hex[:12])
-    # Before `fit`, so that no line waits for the end, and so that the board ends with the block whatever happens.
+    # The thread starts before `fit`, so that lines are passed on at once; the block ends the board in every case.
     following = _Following(board, report)
     with following:
         for failures_left in reversed(range(scale.max_failures + 1)):
@@ -120,26 +120,26 @@ def fit(request: Request[ModelRef], scale: ScaleConfig, *, storage: str, report:
                 _trainer(launch).fit()
                 break
             except (ActorDiedError, ActorUnavailableError) as error:
-                # Ray Train itself replaces workers and not its controller, which is an actor without restarts.
+                # Ray Train itself replaces workers, but not its controller, which is an actor without restarts.
                 if not failures_left:
                     raise
                 warnings.warn(
                     f"Ray Train's controller died ({_first_line(error)}); another one continues from the newest checkpoint",
                     stacklevel=2,
                 )
-    # After a failure that a repetition would not change, the replaced workers end without an error, and `fit` returns.
+    # After a failure that a repetition would not change, replaced workers end without an error, so `fit` returns normally.
     if following.failure is not None:
         raise following.failure
 
 
 def _trainer(launch: _Launch) -> TorchTrainer:
-    """Return a Ray Train run of its own name, so that it takes nothing over from an earlier one."""
+    """Return a Ray Train run with a unique name, so that it does not resume an earlier one."""
     scale, gpus = launch.scale, reserved.gpus_of(launch.scale)
     filesystem, path = (None, launch.storage) if "://" not in launch.storage else remote.opened(launch.storage)
     return TorchTrainer(
         _worker,
         train_loop_config={"launch": launch},
-        # gloo for CPUs: NCCL knows GPUs only.
+        # gloo on CPUs, since NCCL supports GPUs only.
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=scale.workers,
@@ -147,11 +147,11 @@ def _trainer(launch: _Launch) -> TorchTrainer:
             resources_per_worker={"CPU": scale.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=RunConfig(
-            # Ray Train resumes a run of the same name by its own snapshot, which knows nothing of our checkpoints.
+            # Ray Train would resume a run of the same name from its own snapshot, which ignores the platform's checkpoints.
             name=f"ray-{uuid.uuid4().hex[:12]}",
             storage_path=path,
             storage_filesystem=filesystem,
-            # Ray Train V2 replaces no worker unless it is told to: `max_failures` is 0 by default.
+            # Ray Train V2 replaces no worker by default: its `max_failures` is 0.
             failure_config=FailureConfig(max_failures=scale.max_failures),
         ),
     )
@@ -162,17 +162,17 @@ def _first_line(error: Exception) -> str:
 
 
 class _Following:
-    """Pass the metrics on the board to `report`, each step once, until the block ends; then end the board."""
+    """Pass the metrics on the board to `report`, each step once, until the block ends; then stop the board."""
 
     def __init__(self, board: ActorHandle, report: Report) -> None:
-        # The driver asks the board, since an actor has no handle on a driver.
+        # The driver polls the board, since an actor cannot call a driver.
         self._board, self._report = board, report
-        # Steps are numbered from 1.
+        # The newest reported step; steps are numbered from 1.
         self._newest = 0.0
         self.failure: Exception | None = None
         """First error of the workers or of `report`; None if there was none."""
         self._stop = threading.Event()
-        # A thread, because `fit` blocks the main one. A daemon, so that it cannot keep a process alive that is ending.
+        # A thread, because `fit` blocks the main one; a daemon, so that it does not keep an ending process alive.
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> None:
@@ -181,7 +181,7 @@ class _Following:
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
         self._thread.join()
-        # Once more: the last steps may have come after the thread's last look.
+        # The last steps may have been added after the thread's last call.
         self._take()
         ray.kill(self._board)
 
@@ -189,7 +189,7 @@ class _Following:
         try:
             while not self._stop.wait(_POLL_S):
                 self._take()
-        except Exception as error:  # of `report`: a full disk, a bug. A thread's exception is only printed; `fit` raises it
+        except Exception as error:  # an exception in a thread is only printed, so `fit` raises it
             self.failure = error
 
     def _take(self) -> None:
@@ -198,7 +198,7 @@ class _Following:
         for note in news.notes:
             warnings.warn(note, stacklevel=2)
         for line in news.lines:
-            # Workers that replace others repeat the steps since the checkpoint, with the same numbers.
+            # Replaced workers repeat the steps since the checkpoint, with the same numbers.
             if line["step"] > self._newest:
                 self._newest = line["step"]
                 self._report(line)
@@ -213,13 +213,13 @@ def _worker(config: dict[str, _Launch]) -> None:
     launch = config["launch"]
     board = launch.board
     # Ray Train starts a new group of workers after any error. If the error was one of settings or data, a second group would
-    # only repeat it; it ends here instead, without an error, which ends the run.
+    # only repeat it, so it returns here without an error, which ends the run.
     if ray.get(board.failed.remote()):
         return
     context = ray.train.get_context()
 
     def say(line: str) -> None:
-        # Waited for: what a worker says just before it dies would be lost otherwise.
+        # The call is awaited, because a line that a worker sends just before it dies would otherwise be lost.
         ray.get(board.note.remote(line))
 
     # PyTorch starts a thread for every core of the node, not for the CPUs that Ray reserved for this worker.
@@ -228,19 +228,19 @@ def _worker(config: dict[str, _Launch]) -> None:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),
-        # The one that Ray has made visible to this worker; torch's own default would be the first of the node.
+        # The device that Ray assigned to this worker; torch's own default would be the first one of the node.
         device=get_device(),
         storage=launch.storage,
         attempt=launch.attempt,
-        # Not waited for: a step must not take as long as a call to another node.
+        # The call is not awaited, because a step must not take as long as a call to another node.
         tell=lambda metrics: board.put.remote(metrics),
         say=say,
     )
     try:
         worker.run(launch.request, launch.scale, seat)
     except (ValueError, FloatingPointError, FullDisk) as error:
-        # An error of the settings or the data, or a full disk. The traceback travels as a note, since pickling an exception
-        # drops it; `get` waits until the board has the error, because this process ends with the `raise`.
+        # Errors of the settings or the data, or a full disk. The traceback is added as a note, since pickling drops it. `get`
+        # waits until the board has the error, because this process ends with the `raise`.
         error.add_note(traceback.format_exc())
         ray.get(board.fail.remote(error))
         raise

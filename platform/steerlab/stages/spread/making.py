@@ -1,6 +1,6 @@
 """Compute the preparations of a method over the rows of a data set on workers: sums, or tensors of each row.
 
-Each writes a directory that `tensors.Parts` opens, and continues with the missing shards after a kill.
+Each writes a directory that `tensors.Parts` opens, and resumes with the missing shards after a kill.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _WHOLE = "all"
 
 def references(work: Work) -> dict[str, ModelRef]:
     """Return references, valid on every node, to the artifacts of the preparations that this one needs."""
-    # The model is loaded by the worker itself (subject.py), and handed over as a model and not as a folder.
+    # The worker loads the model itself (subject.py), so no reference to the model is needed.
     stages = {name: stage for name, stage in work.stage.inputs.items() if name != subject.MODEL}
     return {name: ModelRef(artifact=(work.store.root, stage.name, stage.key)) for name, stage in stages.items()}
 
 
 def located(needed: Mapping[str, ModelRef]) -> dict[str, Path]:
-    """Return the local folders of what `references` refers to."""
+    """Return the local folders of the artifacts of `references`."""
     return {name: ref.locate() for name, ref in needed.items()}
 
 
@@ -58,7 +58,7 @@ class OnRows(subject.OnModel):
 
 
 class _OverRows(Frozen, extra="ignore"):
-    """Parameters of a preparation over rows that decide which rows are read, and how."""
+    """Parameters of a preparation over rows that determine the rows and their encoding."""
 
     data: DataSet
     rows_per_shard: int
@@ -66,16 +66,16 @@ class _OverRows(Frozen, extra="ignore"):
 
 
 class RowFacts(Facts):
-    """Counts of the rows of one shard after they were turned into tokens."""
+    """Counts of the rows of one shard after tokenisation."""
 
     rows: int
     """Number of rows that were read."""
     cut: int
-    """Number of rows that were cut to `max_tokens`."""
+    """Number of rows that were truncated to `max_tokens`."""
     dropped: int
-    """Number of rows that were left out because their prompt alone is longer than `max_tokens`."""
+    """Number of rows that were dropped because their prompt alone is longer than `max_tokens`."""
     refused: int
-    """Number of rows that were left out because they could not be encoded (`skip_bad`)."""
+    """Number of rows that were dropped because they could not be encoded (`skip_bad`)."""
 
 
 class _SumFacts(RowFacts):
@@ -92,7 +92,7 @@ def sum_shards(start: StartSums, work: Work) -> None:
     parts = shards.run(work, maker, _SumFacts, params.data, params.rows_per_shard)
     work.directory.mkdir(parents=True, exist_ok=True)
     name = "part-00000.safetensors"
-    # In the order of the shards: floating-point addition is not associative, and the artifact must not depend on the workers.
+    # Summed in the order of the shards: floating-point addition is not associative, and the result must not depend on workers.
     with shards.parts(work) as paths:
         _add_up(paths, work.directory / name)
     facts = {
@@ -108,7 +108,7 @@ def sum_shards(start: StartSums, work: Work) -> None:
 def _add_up(paths: list[Path], target: Path) -> None:
     """Write the sum of each tensor over some files; memory holds one tensor's sum and one summand."""
     with safe_open(paths[0], "pt") as first:
-        # In the order of the file (`offset_keys`), which reads the disk sequentially; `keys` is in the order of the names.
+        # `offset_keys` has the order of the file, so that the disk is read sequentially; `keys` is sorted by name.
         shapes = {name: Shape(torch.float32, first.get_slice(name).get_shape()) for name in first.offset_keys()}
     with writing(target, shapes) as writer:
         for name in shapes:
@@ -126,30 +126,30 @@ class _Summed(_OverRows):
 
 
 class SumOfShard(shard_worker.Maker):
-    """Makes the sum over a shard's batches."""
+    """Make the sums over a shard's batches."""
 
     suffix = ".safetensors"
 
     def __init__(self, start: StartSums, needed: Mapping[str, ModelRef], params: JsonObject, model: SteeredModel) -> None:
-        """Use the method's function `start` to sum; `needed` refers to the artifacts of the preparations that it needs."""
+        """Sum with the method's function `start`; `needed` refers to the artifacts of the preparations that it needs."""
         self._start, self._needed, self._model, self._params = start, located(needed), model, params
         self._over = _Summed.model_validate(params)
 
     def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> _SumFacts:
-        """Write the sums to `path`, whole or not at all."""
+        """Write the sums to `path` atomically."""
         encoder, size, data = self._model.encoder, self._over.rows_per_batch, self._over.data
         read = encode_data(encoder, shard.rows, data.format, self._over.max_tokens, skip_bad=data.skip_bad)
-        # A sum over no rows would be zero, and pass for a result.
+        # A sum over no rows would be zero, which looks like a valid result, so it is refused.
         read.check(self._over.max_tokens)
         sums = self._start(self._model, self._params, self._needed)
         try:
             for first in range(0, len(read.rows), size):
-                # `rows_per_shard` is a multiple of `rows_per_batch`, so that shards change neither batches nor their numbers.
+                # `rows_per_shard` is a multiple of `rows_per_batch`, so the shards change neither batches nor their numbers.
                 batch = collate(read.rows[first : first + size], encoder.pad_id, loss_on=data.loss_on)
                 sums.add(batch.to(self._model.device), (shard.first + first) // size)
                 tell(first)
         finally:
-            # The process may keep this model for the next stage, so no hook may stay on it.
+            # The process may retain this model for the next stage, so no hook may remain on it.
             sums.close()
         with writing(path, sums.shapes) as writer:
             for name, tensor in sums.tensors():
@@ -170,11 +170,11 @@ class _TensorFacts(RowFacts):
     """Counts of the tensors of one shard's rows."""
 
     fingerprint: str
-    """Fingerprint of the model that read the rows."""
+    """Fingerprint of the model that processed the rows."""
 
 
 _INDEXED = ("rows", "cut", "dropped", "fingerprint")
-"""Fields of `_TensorFacts` that the index holds."""
+"""Fields of `_TensorFacts` that the index contains."""
 
 
 def keep_shards(start: StartKeeper, work: Work) -> None:
@@ -192,7 +192,7 @@ class _InBatches(_OverRows):
 
 
 class TensorsOfShard(shard_worker.Maker):
-    """Makes the file with the tensors of a shard's rows; memory holds those of one batch."""
+    """Make the file with the tensors of a shard's rows; memory holds those of one batch."""
 
     suffix = ".safetensors"
 

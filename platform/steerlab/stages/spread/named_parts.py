@@ -1,4 +1,4 @@
-"""Compute the named parts of a preparation, each in a Ray task of its own."""
+"""Compute the named parts of a preparation, each in a separate Ray task."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ else:
 
 
 class _NamedPart(Facts):
-    """Record of a part that has a name instead of rows."""
+    """Record of a part that is identified by a name instead of rows."""
 
     name: str
     facts: dict[str, object]
-    """What the method's function returned about the part; "note" is a warning for people."""
+    """What the method's function returned about the part; "note" is a warning for the user."""
 
 
 def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: Work) -> None:
-    """Make the missing parts, each in a Ray task of its own.
+    """Make the missing parts, each in a separate Ray task.
 
     `make` is the method's function that writes one part; the tasks load the model if `reads_model`.
     """
@@ -45,12 +45,12 @@ def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: 
         Planned(number=number, first=number, rows=1, name=name, sha256=hashlib.sha256(name.encode()).hexdigest())
         for number, name in enumerate(parts)
     ]
-    # Written in full each time: parts have no rows that could have changed, and their names are in the stage's key.
+    # The plan is always rewritten: parts have no rows that could have changed, and the stage's key covers their names.
     folder.plan = entries
     done = {entry.name: row for entry in entries if (row := folder.done(entry, verify=True)) is not None}
     loading = subject.of(work) if reads_model else None
     request = (make, work.params, references(work), folder.address, loading)
-    # No more than the cluster has: a task that reserves more waits for ever instead of failing.
+    # The reservation is limited to the cluster's CPUs: a task that reserves more would wait forever instead of failing.
     num_cpus = min(work.scale.cpus_per_worker, reserved.present()["CPU"])
     arguments = [(*request, entry) for entry in entries if entry.name not in done]
     for name, row in calls.results(_make_part, arguments, num_cpus):
@@ -61,9 +61,9 @@ def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: 
     records = {name: _NamedPart.model_validate(done[name].model_dump()) for name in parts}
     notes = [str(part.facts["note"]) for part in records.values() if "note" in part.facts]
     if notes:
-        # One line for all: a method that warns of a module tends to warn of all modules of the model.
+        # Only one warning is given, since a method that warns of a module tends to warn of all modules of the model.
         warnings.warn(notes[0] + (f" (and {len(notes) - 1} more like this)" if len(notes) > 1 else ""), stacklevel=2)
-    facts = {name: part.facts for name, part in records.items()}  # in the method's order, not that of the tasks' ends
+    facts = {name: part.facts for name, part in records.items()}  # in the method's order, not that of the finished tasks
     Parts.write_index(work.directory, facts, {name: part.path for name, part in records.items()})
 
 

@@ -1,4 +1,4 @@
-"""CPUs and GPUs: how many a cluster has, and how many the workers and actors of a stage reserve."""
+"""CPUs and GPUs that a cluster has, and those that the workers and actors of a stage reserve."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ANYWHERE = "DEFAULT"
 """Scheduling strategy of the tasks and actors of a stage.
 
 Without one, Ray would place them in the placement group of the sweep's trial that starts them, which has room for the driver
-only, and they would wait for ever.
+only, and they would wait forever.
 """
 
 
@@ -37,14 +37,14 @@ def task(function: Callable[..., object], resources: Mapping[str, float]) -> Any
 @cache
 def remote(function: Callable[..., Any], **options: Any) -> Any:
     """Return a function or a class as a Ray task or actor that is placed `ANYWHERE`."""
-    # Cached, because Ray sends a function to the workers once for each object that it made of it. No decorator of the function,
-    # which would import Ray with its file.
+    # Cached, because Ray sends a function to the workers once for each object that `ray.remote` made of it. It is not used as a
+    # decorator, which would import Ray together with the function's file.
     return ray.remote(scheduling_strategy=ANYWHERE, **options)(function)
 
 
 def beside_the_driver() -> NodeAffinitySchedulingStrategy:
     """Return the scheduling strategy that keeps an actor on the driver's node."""
-    # Other nodes may be taken away by an autoscaler or a spot market; without the driver's node the run has ended anyway.
+    # An autoscaler or a spot market may remove other nodes; without the driver's node the run has ended anyway.
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -54,13 +54,13 @@ def available() -> dict[str, float]:
     """Return the number of CPUs and GPUs that the cluster has or, with an autoscaler, can grow to."""
     if alone.here() is not None:
         return present()
-    # The larger of the two: an autoscaler's limit may be below what stands there by hand.
+    # The larger number counts, since an autoscaler's limit may be below the number of nodes that were added by hand.
     now, limit = ray.cluster_resources(), most_resources()
     return {name: max(now.get(name, 0), limit.get(name, 0)) for name in ("CPU", "GPU")}
 
 
 def present() -> dict[str, float]:
-    """Return the number of CPUs and GPUs that the cluster has now; those of this machine where stages run in this process."""
+    """Return the number of CPUs and GPUs that the cluster has now; those of this machine if stages run in this process."""
     if (process := alone.here()) is not None:
         return {"CPU": os.cpu_count() or 1, "GPU": int(process.gpu)}
     now = ray.cluster_resources()
@@ -77,8 +77,8 @@ def threads() -> int:
 
 def has_gpu() -> bool:
     """Return whether this worker reserved a GPU."""
-    # Ray sets CUDA_VISIBLE_DEVICES to the GPUs that a worker reserved; without one it must not take another worker's.
-    # Imported here: drivers that make plans read this file and need no torch.
+    # Ray sets CUDA_VISIBLE_DEVICES to the GPUs that a worker reserved; a worker without one must not use another worker's.
+    # Imported only here, since drivers that make plans import this file but do not need torch.
     import torch
 
     process = alone.here()
@@ -86,15 +86,15 @@ def has_gpu() -> bool:
 
 
 def gpus_of(scale: ScaleConfig, workers: int | None = None) -> float:
-    """Return the GPUs, or the part of one, that each of `workers` processes reserves; 0 for processes that use CPUs.
+    """Return the number of GPUs, maybe a fraction, that each of `workers` processes reserves; 0 for processes on CPUs.
 
-    Without `workers` these are the fewest workers of a training. Raises ValueError if `scale.gpu` requires GPUs and the cluster
+    `workers` is by default the fewest of a training. Raises ValueError if `scale.gpu` requires GPUs and the cluster
     has too few, or torch cannot use them.
     """
     workers = scale.worker_range[0] if workers is None else workers
     if scale.gpu == "never":
         return 0
-    # Those that an autoscaler could add count, too: it adds them only after something has asked.
+    # GPUs that an autoscaler could add count too, because it adds them only on request.
     present, needed = available()["GPU"], workers * scale.gpus_per_worker
     if present >= needed and gpus.usable():
         return scale.gpus_per_worker
@@ -113,7 +113,7 @@ def uses_gpu(scale: ScaleConfig) -> bool:
 
 def check(scale: ScaleConfig) -> None:
     """Refuse workers for which the cluster has too few CPUs or GPUs. Raises ValueError."""
-    # Ray does not refuse them: it waits for nodes that never come.
+    # Ray would not refuse them but wait forever for more nodes.
     low = scale.worker_range[0]
     needed = low * scale.cpus_per_worker
     cpus = available()["CPU"]
@@ -128,15 +128,15 @@ def check(scale: ScaleConfig) -> None:
 def of_actors(scale: ScaleConfig, workers: int = 1) -> dict[str, float]:
     """Return the CPUs and GPUs that each of `workers` actors with a model reserves, as options of Ray.
 
-    Together they reserve no more CPUs than the workers of a training do; none reserves more than the largest node has.
+    Together they reserve at most the CPUs of a training's workers, and each at most the CPUs of the largest node.
     """
     share = scale.worker_range[0] * scale.cpus_per_worker / workers
-    # A reservation must fit on one node, which the share of several workers may not.
+    # A reservation must fit on one node, but the sum for several workers may be larger.
     return {"num_cpus": min(share, _largest_node()), "num_gpus": gpus_of(scale, workers)}
 
 
 def _largest_node() -> float:
     if alone.here() is not None:
         return present()["CPU"]
-    # Of nodes that are alive: Ray lists those that have gone, too.
+    # Ray also lists dead nodes, which are skipped.
     return max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])

@@ -1,12 +1,12 @@
-"""The shards of a data set, planned once, and the part that was made of each; all lie in the stage's work directory.
+"""The shards of a data set, planned once, and the part made from each, in the stage's work directory.
 
 The files of the work directory:
 
-    plan.json                 the plan: number, first row, number of rows and SHA-256 of each shard; with a sum, as each record
-    plan/00000.json           the texts of a shard
-    parts/part-00000.*        the part that was made of a shard
+        plan.json                 the plan: number, first row, number of rows and SHA-256 of each shard, with a checksum
+        plan/00000.json           the texts of a shard
+    parts/part-00000.*        the part made from a shard
     done/00000.json           the record of the part, written after it: a shard without one is missing
-    attempts/RUN-00000.json   how often a run has started on a shard
+    attempts/RUN-00000.json   the number of times that a run has started on a shard
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _TEXT_FIELDS = {
     "conversation": ("messages",),
 }
 _FIELDS_BESIDE = {"text": ("seed",), "instruction": ("system", "history"), "preference": pairs.BESIDE}
-"""Fields that a row may have; they are stored only where it has them, so that other texts keep their hash."""
-_AGAIN = "run the same command again, and it is made again"
+"""Fields that a row may have; a field is stored only if the row has it, so that other rows keep their hash."""
+_AGAIN = "run the same command again to recompute it"
 
 
 class Shard(NamedTuple):
@@ -47,7 +47,7 @@ class Shard(NamedTuple):
 
     number: int
     first: int
-    """Number of its first row in the data set."""
+    """Number of the shard's first row in the data set."""
     rows: Sequence[Row]
 
 
@@ -60,7 +60,7 @@ class Planned(saved.Shape):
     sha256: str
     """SHA-256 of the shard's texts, or of its name if it has no rows."""
     name: str = Field(default="", exclude_if=lambda name: not name)
-    """Name of a part that is not made of rows; empty otherwise."""
+    """Name of a part that is not made from rows; empty otherwise."""
 
 
 class _Plan(saved.Shape):
@@ -80,14 +80,14 @@ class Done(Facts):
 
     number: int
     planned: str
-    """SHA-256 of the shard from which the part was made: a part of an older plan does not count."""
+    """SHA-256 of the shard from which the part was made: a part of an older plan counts as missing."""
 
 
 class WorkFolder:
     """The work directory of a stage; `address` opens it again on any node."""
 
     def __init__(self, root: str, stage: str, key: str) -> None:
-        # Three texts: they travel to a worker, which opens a file system of its own.
+        # The address is three strings, which a worker uses to open its own file system.
         self.address = (root, stage, key)
         self._store = Store(root)
         self._folder = f"work/{stage}/{key}"
@@ -96,8 +96,8 @@ class WorkFolder:
 
     @property
     def plan(self) -> list[Planned] | None:
-        """The planned shards; None if no plan was written, or a damaged one."""
-        # Only files that lead to the same result when they are made again are treated as missing when they are damaged.
+        """The planned shards; None if the plan is missing or damaged."""
+        # A damaged file is treated as missing only if making it again gives the same result.
         try:
             plan = saved.checked(self._store.read_json(f"{self._folder}/plan.json"), dict[str, object], self._folder)
             return saved.checked(plan, _Plan, self._folder).shards if is_intact(plan) else None
@@ -122,7 +122,7 @@ class WorkFolder:
 
     def shard(self, entry: Planned) -> Shard:
         """Read a planned shard."""
-        # The plan was verified when the stage began; since then a disk may have lost something.
+        # The plan was verified when the stage began, but files may have been damaged since.
         texts = self.texts(entry.number)
         if texts is None or not _is_whole(texts, entry):
             raise ValueError(
@@ -141,11 +141,11 @@ class WorkFolder:
             row = saved.checked(record, Done, self._folder)
         except (FileNotFoundError, StoreError, saved.SavedError):
             return None
-        # The counts of a part enter the artifact, where nothing else would show that they have changed.
+        # The counts of a part are copied into the artifact, where a change of them could not be detected.
         if not is_intact(record):
             return None
         path = self._part(row.path)
-        # The size costs one request on an object store; reading every part to the end costs as much as a download.
+        # Reading the size is one request to an object store; reading the whole part is a download.
         if row.planned != entry.sha256 or self._fs.get_file_info(path).size != row.bytes:
             return None
         if verify:
@@ -156,7 +156,7 @@ class WorkFolder:
 
     def attempts(self, number: int, run: str) -> int:
         """Count one more attempt of a run at a shard; return the number of attempts before it."""
-        # A file and not a counter in the process, which would die with it. One process works on a shard at a time.
+        # The count is in a file, since a counter would die with its process. Only one process works on a shard at a time.
         path = f"{self._folder}/attempts/{run}-{number:05d}.json"
         try:
             before = saved.checked(self._store.read_json(path), int, path)
@@ -166,23 +166,23 @@ class WorkFolder:
         return before
 
     def keep(self, entry: Planned, suffix: str, make: Callable[[Path], Facts]) -> Done:
-        """Let `make` write a part to the path it is called with, then write the part's record and return it."""
-        # By the shard's number: another attempt writes the same name, and the newest record says what is in it.
+        """Call `make` with the path for a part, then write the part's record and return it."""
+        # The name contains the shard's number only: another attempt replaces the part, and the newest record describes it.
         name = f"part-{entry.number:05d}{suffix}"
         self._fs.create_dir(f"{self._base}/parts", recursive=True)
         if isinstance(self._fs, pafs.LocalFileSystem):
             path = Path(self._base, "parts", name)
             with explained_full_disk(f"part {entry.number}", self.address[0], path):
-                # On the disk of ROOT itself, so that a part is not copied; the record says when it is whole.
+                # The part is written on the disk of ROOT itself, so that it is not copied; its record marks it as complete.
                 facts = make(path)
         else:
-            # An object appears at the end of its upload, so the part is made on the node's disk and uploaded in one piece.
+            # An object appears only when its upload is complete, so the part is made on the node's disk and then uploaded.
             here = Path(tempfile.gettempdir())
             with explained_full_disk(f"part {entry.number}", f"{here}", here), tempfile.TemporaryDirectory() as scratch:
                 facts = make(Path(scratch, name))
                 with Path(scratch, name).open("rb") as source, self._fs.open_output_stream(self._part(name)) as target:
                     shutil.copyfileobj(source, target, 1 << 22)
-        # The record is written last: whatever kills this process before leaves a shard that counts as missing.
+        # The record is written last: if the process is killed before, the shard counts as missing.
         row = {"number": entry.number, "first": entry.first, "planned": entry.sha256, **facts.model_dump()}
         self._store.write_json(f"{self._folder}/done/{entry.number:05d}.json", {**row, "xxh3": json_sum(row)})
         return Done.model_validate(row)
@@ -194,34 +194,34 @@ class WorkFolder:
         """Put all planned parts into a local directory: hard links on a disk, copies from an object store.
 
         Raises:
-            ValueError: the plan, or a part that was whole when it was made, is damaged.
+            ValueError: the plan or a part is damaged or missing.
         """
         entries = self.plan
         if entries is None:
             raise ValueError(f"{self._base}/plan.json is damaged or missing; {_AGAIN}")
         for entry in entries:
-            # To the last byte: the artifact's manifest would take the sum of a damaged part for that of a whole one.
+            # Each part is verified in full, because the artifact's manifest will record the checksum of whatever it contains.
             row = self.done(entry, verify=True)
             if row is None:
                 raise ValueError(f"part {entry.number} in {self._base}/parts is damaged or missing; {_AGAIN}")
             source, target = self._part(row.path), directory / row.path
             if isinstance(self._fs, pafs.LocalFileSystem):
-                # A hard link takes no space, and the part stays in the work directory if the process dies before the commit.
+                # A hard link takes no space, and the part remains in the work directory if the process dies before the commit.
                 os.link(source, target)
             else:
                 pafs.copy_files(source, str(target), source_filesystem=self._fs, destination_filesystem=pafs.LocalFileSystem())
 
 
 def planned(folder: WorkFolder, data: DataSet, rows_per_shard: int) -> list[Planned]:
-    """Return the planned shards of a data set; a complete plan of a stage that was killed is used again."""
+    """Return the planned shards of a data set; a complete plan of a killed stage is reused."""
     entries = folder.plan
     # The data set is not read again: its fingerprint is part of the stage's key, which names this folder.
-    # Every text is compared once here, so that a worker hours later need not fail on one.
+    # All texts are verified here, so that no worker fails on one hours later.
     if entries is not None and all(_is_whole(folder.texts(entry.number), entry) for entry in entries):
         return entries
     entries = []
     read = rows.read(data)
-    # By rows and not by bytes or workers: the shards, and with them the artifact, do not depend on the cluster.
+    # Shards are cut by number of rows, so that they, and with them the artifact, do not depend on the cluster.
     for number, first in enumerate(range(0, len(read), rows_per_shard)):
         chosen = read[first : first + rows_per_shard]
         taken = [
@@ -229,11 +229,11 @@ def planned(folder: WorkFolder, data: DataSet, rows_per_shard: int) -> list[Plan
             | {name: row[name] for name in _FIELDS_BESIDE.get(data.format, ()) if name in row}
             for row in chosen
         ]
-        # Only the fields that the format reads: another column of the file must not make another plan.
+        # Only the fields of the format are stored, since another column of the file must not change the plan.
         texts = json.dumps(taken, ensure_ascii=False)
         folder.write_texts(number, texts)
         entries.append(Planned(number=number, first=first, rows=len(taken), sha256=_sha256(texts)))
-    # After the texts: a plan that exists names texts that exist.
+    # The plan is written after the texts, so that a plan never names missing texts.
     folder.plan = entries
     return entries
 

@@ -30,7 +30,7 @@ _POLL_S = 0.5
 
 
 class Maker(ABC):
-    """Makes the parts of shards; each actor has one, for the model that it has loaded."""
+    """Make the parts of shards; each actor has one maker, for its loaded model."""
 
     suffix: ClassVar[str]
     """Suffix of the parts' file names, with the dot."""
@@ -41,8 +41,8 @@ class Maker(ABC):
 
         Args:
             shard: The rows.
-            path: Local path of the part, which must appear there whole or not at all.
-            tell: Takes the number of the shard's rows that are done so far.
+            path: Local path of the part, which must be written atomically.
+            tell: Function that takes the number of finished rows of the shard.
 
         Returns:
             Size, hash and counts of the part.
@@ -56,12 +56,12 @@ class Maker(ABC):
 
 
 Make = Callable[["SteeredModel"], Maker]
-"""Function (loaded model) -> `Maker`. It must be serialisable, with the stage's parameters that it holds."""
+"""Function (loaded model) -> `Maker`. It must be serialisable together with the parameters bound to it."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What every worker of a pool receives."""
+    """Arguments that every worker of a pool receives."""
 
     loading: Loading
     folder: tuple[str, str, str]
@@ -71,10 +71,10 @@ class Request:
     run: str
     """Random name of this attempt at the stage."""
     tally: ActorHandle | None = None
-    """The actor that counts rows; None with `scale.warm`."""
+    """The actor that counts finished rows; None with `scale.warm`."""
 
 
-# JSON texts, because Ray Data infers one Arrow type for each column, and records and failures have different fields.
+# Rows are JSON texts, because Ray Data infers one Arrow type for each column, and records and failures have different fields.
 Item = dict[str, str]
 """Row that Ray Data hands to a worker: JSON of the planned shard under the key "entry"."""
 Line = dict[str, str]
@@ -82,7 +82,7 @@ Line = dict[str, str]
 
 
 class Failure(saved.Shape):
-    """Error that a worker returns instead of a record, because another attempt would only repeat it."""
+    """Error that a worker returns instead of a record, because every further attempt would repeat it."""
 
     failure: str
     kind: Literal["ValueError", "OSError", "RuntimeError"]
@@ -90,13 +90,13 @@ class Failure(saved.Shape):
 
 
 def in_warm_process(request: Request, item: Item) -> Line:
-    """Return the record of a shard's part, made in a process that keeps the model for the next shard."""
-    # Ray repeats a task whose process died. An attempt that left no part and no failure is such a death.
+    """Return the record of a shard's part, made in a process that retains the model for the next shard."""
+    # Ray repeats a task whose process died. An attempt without a part or a failure counts as a death.
     deaths = WorkFolder(*request.folder).attempts(Planned.model_validate_json(item["entry"]).number, request.run)
     failure = _too_many_deaths(deaths, "processes", request.max_failures)
     if failure is not None:
         return {"row": failure.model_dump_json()}
-    # Owned by the stage, not by its model: what another stage keeps in the process must not count as loaded here.
+    # The owner is the stage, not its model, because a model that another stage left in the process must not be used here.
     owner = json.dumps(request.folder)
     worker = Worker(request, partial(subject.loaded_once, owner))
     try:
@@ -106,14 +106,14 @@ def in_warm_process(request: Request, item: Item) -> Line:
 
 
 class Worker:
-    """An actor of the pool: a loaded model and the maker of its parts."""
+    """An actor of the pool, with a loaded model and a maker of parts."""
 
     def __init__(self, request: Request, load: Callable[[Loading], SteeredModel] = subject.load) -> None:
         self._folder = WorkFolder(*request.folder)
         self._tally = request.tally
         self._maker: Maker | None = None
-        # Ray Data (2.x) restarts actors and repeats their tasks without end, so a model that does not fit into memory would be
-        # loaded for ever. The tally outlives the actors and counts how often one was started again.
+        # Ray Data (2.x) restarts actors and repeats their tasks without limit, so a model that does not fit into memory would
+        # be loaded forever. The tally outlives the actors and counts how often one was restarted.
         is_new = self._tally is not None and ray.get_runtime_context().was_current_actor_reconstructed
         deaths: int = ray.get(self._tally.died.remote()) if is_new else 0  # type: ignore[assignment]
         self._failure = _too_many_deaths(deaths, "actors", request.max_failures)
@@ -132,7 +132,7 @@ class Worker:
     def __call__(self, item: Item) -> Line:
         """Return the record of a shard's part."""
         entry = Planned.model_validate_json(item["entry"])
-        # An actor may have been killed between writing the record and returning it; then the part is not made again.
+        # An actor may have been killed between writing the record and returning it; the part is then complete.
         row = self._failure or self._folder.done(entry) or self._make(entry)
         if isinstance(row, Done):
             self._tell(entry, entry.rows)
@@ -143,7 +143,7 @@ class Worker:
             self._tally.tell.remote(entry.number, num_rows)
 
     def _make(self, entry: Planned) -> Done | Failure:
-        """Make and record the part of a shard; return a failure where another attempt would end the same way."""
+        """Make and record the part of a shard; return a failure if another attempt would fail in the same way."""
         last_s = time.monotonic()
 
         def tell(num_rows: int) -> None:
@@ -152,24 +152,24 @@ class Worker:
                 last_s = time.monotonic()
                 self._tell(entry, num_rows)
 
-        # By workers only: the driver reads this file, too.
+        # Imported by workers only, since the driver imports this file too.
         from steerlab import models
 
         assert self._maker is not None
         make = self._maker.make
-        # Zero rows start the clock of the estimate, after the model has been loaded.
+        # Reporting zero rows starts the clock of the estimate after the model has been loaded.
         self._tell(entry, 0)
         try:
             shard = self._folder.shard(entry)
             with models.memory_explained(_SMALLER):
                 return self._folder.keep(entry, self._maker.suffix, lambda path: make(shard, path, tell))
         except (ValueError, FullDisk) as error:
-            # Any other error of a disk or a network may pass: Ray repeats the shard.
+            # Other errors of a disk or a network may be temporary, so Ray repeats the shard.
             return _failure(error)
 
 
 _SMALLER = "lower extract.batch_tokens, or the rows or tokens of a batch in the method's config, or set model.dtype: bfloat16"
-"""What takes less memory of a GPU."""
+"""Advice after an out-of-memory error of a GPU."""
 
 
 def _failure(error: ValueError | OSError) -> Failure:
@@ -178,7 +178,7 @@ def _failure(error: ValueError | OSError) -> Failure:
 
 
 def _too_many_deaths(deaths: int, workers: str, most: int) -> Failure | None:
-    """Return a failure if more than `most` workers died, else None."""
+    """Return a failure if more than `most` workers died, otherwise None."""
     if deaths <= most:
         return None
     text = (

@@ -1,9 +1,9 @@
-"""Run functions in processes that stay for the next call, so that imports and models are loaded once.
+"""Run functions in processes that remain for the next call, so that imports and models are loaded once.
 
-With `scale.warm` a call is a Ray task, whose process Ray keeps for the next task. An idle process reserves no CPU, which suits
-the small trials of a sweep. Otherwise, and for all that reserves a GPU, a call goes to an actor that belongs to the thread that
-runs the plan, and that is ended as soon as another model is needed: an idle process would hold GPU memory that Ray counts as
-free, and torch keeps the first device that it was given when Ray gives the process another one.
+With `scale.warm` a call is a Ray task, whose process Ray reuses for the next task. An idle process reserves no CPU, which suits
+the small trials of a sweep. Otherwise, and for all calls that reserve a GPU, a call goes to an actor. The actor belongs to the
+thread that runs the plan, and is ended as soon as another model is needed: an idle process would hold GPU memory that Ray
+counts as free, and torch keeps its first device even if Ray assigns another one to the process.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _L = TypeVar("_L")
 _R = TypeVar("_R")
 _A = TypeVarTuple("_A")
 Tell = Callable[[_L], None]
-"""Takes a message, such as progress, from a function that is running."""
+"""Function that takes a message, such as progress, from a running function."""
 
 
-# Two types, since a function may return what looks like a message.
+# Messages and results have different types, since a function may return an object of any type.
 class _Message(NamedTuple, Generic[_L]):
-    """Message of a function that is running."""
+    """Message of a running function."""
 
     value: _L
 
@@ -46,7 +46,7 @@ class _Result(NamedTuple, Generic[_R]):
 
 
 class _Open(threading.local):
-    """The actor that this thread used last, and its owner; thread-local because each thread runs a plan of its own."""
+    """The actor that this thread used last, and its owner; thread-local because each thread runs its own plan."""
 
     owner = ""
     actor: ActorHandle | None = None
@@ -65,44 +65,44 @@ def call(
 ) -> _R:
     """Return `function(tell, *arguments)`, run in another process.
 
-    A process that dies is replaced up to `scale.max_failures` times, and the function begins again.
+    A process that dies is replaced up to `scale.max_failures` times, and the function is restarted.
 
     Args:
         function: A function of a module; its first argument sends messages to `receive`.
         arguments: Its other arguments, sent to the process.
-        scale: `warm` and `max_failures` decide how it runs.
+        scale: `warm` and `max_failures` set how the function runs.
         reserved: CPUs and GPUs that the process reserves, as options of Ray.
         receive: Called in this process with each message.
         owner: Name of the state that the process holds. Calls with the same owner, one after another, share an actor.
     """
     if alone.here() is not None:
         return alone.call(function, (receive, *arguments), reserved["num_cpus"])
-    # From `max_failures` down to 0.
+    # `failures_left` runs from `max_failures` down to 0.
     for failures_left in reversed(range(scale.max_failures + 1)):
         lines = _start(function, arguments, scale, reserved, owner)
         try:
             for line in lines:
-                # The generator yields references; `get` raises the function's own error, or that of a death.
+                # The generator yields references; `get` raises the function's own error, or Ray's error for a dead process.
                 item: _Message[_L] | _Result[_R] = ray.get(line)
                 if isinstance(item, _Result):
                     return item.value
                 receive(item.value)
         except BaseException as error:
-            # BaseException: after a Ctrl-C, too, the function must not go on. Even after a death the process is ended: the
-            # error may mean that one message was lost, while the process is alive.
+            # BaseException, because the function must also stop after a Ctrl-C. The process is ended even after a death: the
+            # error may mean that one message was lost while the process is still alive.
             if _keeps(scale, reserved):
-                # The task is told to stop; its process stays for the next one.
+                # The task is cancelled; its process remains for the next one.
                 ray.cancel(lines)
             else:
                 close()
             if not (_is_death(error) and failures_left):
                 raise
-    # `failures_left` is 0 in the last turn, where every error is raised above.
+    # In the last iteration `failures_left` is 0, so every error has been raised above.
     raise AssertionError("the last failure is raised")
 
 
 def _is_death(error: BaseException) -> bool:
-    """Return whether the process has died, or cannot be reached any more."""
+    """Return whether the process has died or can no longer be reached."""
     from ray import exceptions as of
 
     lost = (of.ObjectLostError, of.ActorUnavailableError)
@@ -111,15 +111,15 @@ def _is_death(error: BaseException) -> bool:
 
 def close() -> None:
     """End this thread's actor, and with it the model that it holds."""
-    # Killed and not asked to end: it may be in the middle of a long call.
+    # The actor is killed, since it may be in the middle of a long call.
     if _open.actor is not None:
         ray.kill(_open.actor)
     _open.owner, _open.actor = "", None
 
 
 def every(seconds: float, tell: Tell[tuple[*_A]]) -> Callable[[*_A], None]:
-    """Return a function that passes its arguments to `tell`, at most once in so many seconds; other calls do nothing."""
-    # Not the time of day, which a clock may set back.
+    """Return a function that passes its arguments to `tell`, at most once in `seconds`; other calls do nothing."""
+    # `monotonic`, since the time of day may be set back.
     last_s = time.monotonic()
 
     def sometimes(*values: *_A) -> None:
@@ -132,7 +132,7 @@ def every(seconds: float, tell: Tell[tuple[*_A]]) -> Callable[[*_A], None]:
 
 
 def _keeps(scale: ScaleConfig, reserved: Mapping[str, float]) -> bool:
-    """Return whether a process stays after its call, for whatever comes next."""
+    """Return whether a process remains after its call, for other calls."""
     return bool(scale.warm) and not reserved.get("num_gpus")
 
 
@@ -144,9 +144,9 @@ def _start(
     owner: str,
 ) -> ray.ObjectRefGenerator:
     """Start the function and return references to its messages and its result, in the order in which it yields them."""
-    name = function.__name__.strip("_")  # the process is listed under it: ray::train, ray::evaluate
+    name = function.__name__.strip("_")  # Ray lists the process under this name: ray::train, ray::evaluate
     if _keeps(scale, reserved):
-        # `call` starts a function again itself, since it has to tell a death from an error of the function.
+        # `call` restarts a function itself, since it must distinguish a death from an error of the function.
         task = remote(_in_task, num_returns="streaming").options(**reserved, max_retries=0, name=name)
         return task.remote(function, arguments)
     # One actor at a time for each thread: two would hold two models at once.
@@ -155,7 +155,7 @@ def _start(
         _open.actor = remote(_Actor).options(**reserved).remote()
         _open.owner = owner
     assert _open.actor is not None
-    # A streaming generator, since a call of an actor returns once otherwise: messages arrive while the function runs.
+    # With a streaming generator, messages arrive while the function runs; otherwise a call of an actor returns only once.
     return _open.actor.run.options(num_returns="streaming", name=name).remote(function, arguments)
 
 
@@ -170,14 +170,13 @@ class _Actor:
 
 def _lines(function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> Iterator[_Message[_L] | _Result[_R]]:
     """Yield the messages of a function, and its result last."""
-    # The function runs in a thread of its own, because a generator is the only way to stream from a Ray task: this one waits
-    # at `get` until the function has something to send.
-    # Without a limit: a function that computes never waits for a driver that is slow to read.
+    # The function runs in another thread, because only a generator can stream from a Ray task: this one waits at `get` until
+    # the function has something to send. The queue has no limit, so that the function never waits for a slow driver.
     lines: queue.SimpleQueue[_Message[_L] | _Result[_R] | BaseException] = queue.SimpleQueue()
     stopped = threading.Event()
 
     def tell(line: _L) -> None:
-        # Python cannot end a thread from outside, so a cancelled function ends at its next message.
+        # A thread cannot be ended from outside, so a cancelled function ends at its next message.
         if stopped.is_set():
             raise _Stopped
         lines.put(_Message(line))
@@ -185,7 +184,7 @@ def _lines(function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> It
     def run() -> None:
         try:
             lines.put(_Result(function(tell, *arguments)))
-        except BaseException as error:  # raised below, where Ray sees it
+        except BaseException as error:  # raised below, so that Ray receives it
             lines.put(error)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -199,10 +198,10 @@ def _lines(function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> It
             if isinstance(line, _Result):
                 return
     finally:
-        # Joined, so that the process does not run two functions on one model at once.
+        # The thread is joined, so that the process does not run two functions on one model at once.
         stopped.set()
         thread.join()
 
 
 class _Stopped(BaseException):
-    """Ends a function whose caller has gone. A BaseException, so that `except Exception` in the function lets it pass."""
+    """End a function whose caller has stopped. It is a BaseException, so that `except Exception` does not catch it."""

@@ -27,21 +27,21 @@ MODEL = "model"
 """Name of the input whose artifact is the model that a stage works on."""
 
 
-# Fields with a default are left out of the key (`exclude_if`), not written as null: an artifact keeps its key when a later
+# Fields with a default are omitted from the key (`exclude_if`), not written as null: an artifact keeps its key when a later
 # version of this file adds a setting that the artifact does not use.
 class LoadedModel(Frozen):
-    """How a stage's model is loaded and, if the model is the job's source, which one it is."""
+    """Settings with which a stage's model is loaded and, if the model is the job's source, that source."""
 
     dtype: Literal["float32", "bfloat16"]
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     kind: Literal["diffusion"] | None = Field(default=None, exclude_if=lambda kind: kind is None)
     """Family of the model; None for language models."""
     sampler: SamplerConfig | None = Field(default=None, exclude_if=lambda sampler: sampler is None)
-    """How a diffusion model draws."""
+    """Sampler settings of a diffusion model."""
     denoiser_fingerprint: str | None = Field(default=None, exclude_if=lambda fingerprint: fingerprint is None)
     """Fingerprint of the sampler's own weights of the denoiser; None where the pipeline's are used."""
     trust_remote_code: bool = Field(default=False, exclude_if=lambda trusts: not trusts)
-    """Whether Python code that comes with the model may run."""
+    """Whether Python code in the model's folder may run."""
     source: Source | None = Field(default=None, exclude_if=lambda source: source is None)
     """Source of the model; None if the model is the artifact of another stage."""
     fingerprint: str | None = Field(default=None, exclude_if=lambda fingerprint: fingerprint is None)
@@ -49,25 +49,25 @@ class LoadedModel(Frozen):
 
 
 class Prompting(Frozen):
-    """How a model that is loaded from a source is prompted."""
+    """Prompt settings of a model that is loaded from a source."""
 
     prompt_style: PromptStyle
     response_role: ResponseRole
     thinking: bool = Field(default=False, exclude_if=lambda thinks: not thinks)
     tokenizer: Source | None = Field(default=None, exclude_if=lambda source: source is None)
-    """Source of the tokenizer; None if it lies beside the model."""
+    """Source of the tokenizer; None if it is in the model's folder."""
     chat_template: Template | None = Field(default=None, exclude_if=lambda source: source is None)
-    """The chat template or its source; None if it lies beside the model."""
+    """The chat template or its source; None if it is in the model's folder."""
 
 
 class OnModel(Frozen, extra="ignore"):
-    """Parameters of every stage that works on a model. Stages derive their own from it; parsing as `OnModel` skips the rest."""
+    """Parameters of every stage that works on a model. Each stage derives its own; parsing as `OnModel` ignores the rest."""
 
     model: LoadedModel
     prompt: Prompting | None = Field(default=None, exclude_if=lambda prompt: prompt is None)
-    """None if the model is the artifact of another stage: its `prompt.json` says how it is prompted."""
+    """None if the model is the artifact of another stage: its `prompt.json` has the settings."""
     prompt_fingerprints: dict[str, str] = Field(default={}, exclude_if=lambda fingerprints: not fingerprints)
-    """Fingerprints of the tokenizer and the chat template that do not lie beside the model."""
+    """Fingerprints of a tokenizer and a chat template outside the model's folder."""
     encoding: int | None = Field(default=None, exclude_if=lambda version: version is None)
     """Version of the code that turns rows into tokens; None for models that take no tokens."""
     snapshot: int | None = Field(default=None, exclude_if=lambda step: step is None)
@@ -78,7 +78,7 @@ class OnModel(Frozen, extra="ignore"):
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that several stages of a job work on, made once for all of them, since fingerprints take time."""
+    """The model that several stages of a job work on, made once for all stages, since fingerprints take time."""
 
     stage: Stage | None
     """The stage whose artifact is the model; None if the model is the job's source."""
@@ -108,19 +108,19 @@ def on(job: Job, stage: Stage | None) -> Subject:
 
 
 def _params(job: Job, below: Stage | None) -> OnModel:
-    """Return the model's part of a stage's parameters: settings, and fingerprints unless a stage makes the model."""
+    """Return the model's part of a stage's parameters: settings, and fingerprints if the model is a source."""
     model = LoadedModel(
         dtype=job.model.dtype,
         attention=job.model.attention,
         trust_remote_code=job.model.trust_remote_code,
         **_drawing(job.model),
     )
-    # The key of the stage that makes the model is an input of this stage's key, and covers everything else.
+    # The key of this stage includes the key of the stage that makes the model, which covers everything else.
     if below is not None:
         return OnModel(model=model)
     source = job.model.source
     assert isinstance(source, str)
-    # A tokenizer or template beside the model is covered by the model's own fingerprint.
+    # The model's own fingerprint covers a tokenizer or template in its folder.
     prompt_files = {"tokenizer": job.model.tokenizer, "chat_template": job.model.chat_template}
     return OnModel(
         model=model.model_copy(update={"source": source, "fingerprint": sources.fingerprint(source)}),
@@ -133,13 +133,13 @@ def _params(job: Job, below: Stage | None) -> OnModel:
 
 
 def identity(source: str) -> str:
-    """Return what represents a source in a stage's parameters: for a file on disk its fingerprint, else its text."""
-    # Not its path: the same file in another place is the same data, and another file in its place is not.
+    """Return the form of a source in a stage's parameters: the fingerprint of a file on disk, otherwise the source itself."""
+    # A path would not do: the same file elsewhere is the same data, and another file at the same path is not.
     return sources.fingerprint(source) if sources.parse(source).kind == "path" else source
 
 
 def dumped(config: Frozen, **options: object) -> JsonObject:
-    """Return a config, or a stage's parameters, as they are hashed; `options` are those of pydantic's `model_dump`."""
+    """Return a config or a stage's parameters in the form that is hashed; `options` are those of pydantic's `model_dump`."""
     return described(config, identity, **options)
 
 
@@ -149,7 +149,7 @@ def paths(job: Job) -> dict[str, str]:
 
     def note(source: str) -> str:
         if sources.parse(source).kind == "path":
-            # A file that does not exist has no fingerprint. No stage that reads it has a key either, and the checks before the
+            # A file that does not exist has no fingerprint. Stages that read it have no key either, and the checks before the
             # start report it with the key of the job that names it.
             with suppress(sources.SourceError):
                 path_of[sources.fingerprint(source)] = source
@@ -160,7 +160,7 @@ def paths(job: Job) -> dict[str, str]:
 
 
 def _drawing(model: ModelConfig) -> dict[str, Any]:
-    """Return the fields of `LoadedModel` that say how a diffusion model draws; nothing for models of other kinds."""
+    """Return the fields of `LoadedModel` for the sampler of a diffusion model; empty for other models."""
     if model.kind != "diffusion":
         return {}
     sampler = model.drawing
@@ -170,12 +170,12 @@ def _drawing(model: ModelConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Loading:
-    """What a worker on any node needs to load the model of a stage."""
+    """Data with which a worker on any node can load the model of a stage."""
 
     ref: ModelRef
     model: LoadedModel
     prompt: Prompting | None
-    """How the model is prompted; None for an artifact, whose `prompt.json` says so."""
+    """Prompt settings of the model; None for an artifact, whose `prompt.json` has them."""
     snapshot: int | None
     """Training step after which the artifact's patch was saved; None for the patch at the end."""
     inverse: bool = False
@@ -188,7 +188,7 @@ class Loading:
 
 
 def of(work: Work) -> Loading:
-    """Return what a worker needs to load the stage's model."""
+    """Return the data with which a worker can load the stage's model."""
     below, params = work.stage.inputs.get(MODEL), OnModel.model_validate(work.params)
     # A snapshot is a file of an artifact; a source has none.
     if below is None:
@@ -203,7 +203,7 @@ def load(loading: Loading) -> Any:
     Returns:
         A `SteeredModel` for a language model, a `SteeredPipeline` for a diffusion model.
     """
-    # PyTorch is imported by workers only; the driver reads this file for every plan.
+    # PyTorch is imported by workers only; the driver imports this file for every plan.
     import torch
 
     from steerlab.steered import stacks
@@ -213,13 +213,13 @@ def load(loading: Loading) -> Any:
     torch.set_num_threads(reserved.threads())
     process, source = alone.here(), loading.ref.source
     if process is not None and source is not None and source in process.models:
-        # A session's own model, which is not loaded again.
+        # The session has already loaded this model.
         return process.models[source]
     return stacks.load(
         loading.ref.locate(),
         dtype=model.dtype,
         attention=model.attention,
-        # Ray sets CUDA_VISIBLE_DEVICES to the GPUs that this worker reserved; without one it must not take another worker's.
+        # Ray sets CUDA_VISIBLE_DEVICES to the GPUs that this worker reserved; without one it must not use another worker's.
         device="cuda" if reserved.has_gpu() else "cpu",
         prompt=loading.prompt_settings,
         snapshot=loading.snapshot,
@@ -234,11 +234,11 @@ _last: tuple[str, Any] | None = None
 
 
 def loaded_once(owner: str, loading: Loading) -> Any:
-    """Return the model of `owner`, loaded by this call unless the last one in this process had the same owner."""
-    # Of the process and not of an actor: a warm task has no object that stays between two calls.
+    """Return the model of `owner`, loaded by this call unless the previous call in this process had the same owner."""
+    # The model belongs to the process, since a warm task has no object that remains between two calls.
     global _last
     if _last is None or _last[0] != owner:
-        _last = None  # drops the other model before the new one is loaded: both at once may not fit into memory
+        _last = None  # the old model is dropped before the new one is loaded: both may not fit into memory
         _last = (owner, load(loading))
     return _last[1]
 

@@ -1,4 +1,4 @@
-"""Count the rows that the actors of a pool have read, in an actor on the driver's node."""
+"""Count the rows that the actors of a pool have finished, in an actor on the driver's node."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tally:
     def __init__(self) -> None:
         self._rows: dict[int, int] = {}
         self._deaths = 0
-        # 0 until the first report.
+        # Time of the first report; 0 before it.
         self._first_s = 0.0
 
     def died(self) -> int:
@@ -35,9 +35,9 @@ class Tally:
 
     def tell(self, number: int, num_rows: int) -> None:
         """Record the number of rows done of one shard."""
-        # The first report starts the clock: before it the actors load their model, which says nothing about the rows to come.
+        # The first report starts the clock: before it, the actors load their model, which takes no time for further rows.
         self._first_s = self._first_s or time.monotonic()
-        # An actor that replaces a killed one begins the shard again; people should not see the progress go backwards.
+        # An actor that replaces a killed one begins the shard again; the displayed progress should not go backwards.
         self._rows[number] = max(num_rows, self._rows.get(number, 0))
 
     def total(self) -> tuple[int, float]:
@@ -50,8 +50,8 @@ def following(tally: ActorHandle, report: Callable[[int, float], None], total: i
     """Report the rows done and the seconds left while the block runs, and once more at its end.
 
     Args:
-        tally: The actor that counts; it is ended with the block.
-        report: Called with the number of rows done and the estimated seconds for the others, whenever more rows are done.
+        tally: The actor that counts; it is stopped with the block.
+        report: Called with the number of rows done and the estimated seconds for the rest, whenever more rows are done.
         total: Number of all rows.
     """
     stop = threading.Event()
@@ -63,7 +63,7 @@ def following(tally: ActorHandle, report: Callable[[int, float], None], total: i
         now, seconds = ray.get(tally.total.remote())
         if now > newest:
             newest = now
-            # Seconds a row so far, times the rows that are left.
+            # The estimate is the mean time per row so far, times the number of remaining rows.
             report(now, seconds * (total - now) / now)
 
     def follow() -> None:

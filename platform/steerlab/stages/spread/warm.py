@@ -1,8 +1,8 @@
-"""Train with one worker in a process that stays for the next training, for the small trials of a sweep.
+"""Train with one worker in a process that remains for the next training, for the small trials of a sweep.
 
-A Ray Train run takes about 16 s on 2 cores to start and stop, whatever it trains. Here Ray Train runs in its local mode inside
-a process that stays (staying.py), so that imports are paid for once. The loop is that of `launch`, with the same results to the
-last bit, and with the same checkpoints. A process that dies is replaced, and the loop continues from the newest one.
+A Ray Train run takes about 16 s on 2 cores to start and stop, even for a short training. Here Ray Train runs in its local mode
+inside a process that remains (staying.py), so that imports happen once. The loop is that of `launch`, with bit-identical
+results and the same checkpoints. A process that dies is replaced, and the loop continues from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from steerlab.storage.plan import ModelRef, Report
 from steerlab.training.request import Request
 
 _Line = dict[str, float] | str
-"""What a training sends while it runs: the metrics of a step, or a line for the user."""
+"""Message of a running training: the metrics of a step, or a line for the user."""
 
 
 def fit(request: Request[ModelRef], scale: ScaleConfig, *, storage: str, report: Report) -> None:
     """Train in a warm process and write the artifact into the folder `output` of `storage`.
 
     Args:
-        request: What the training computes.
+        request: Description of the training.
         scale: Size of the single worker. A process that dies is replaced up to `scale.max_failures` times.
-        storage: Path or URI that all nodes reach. Checkpoints lie there, and a later call continues from the newest one.
+        storage: Path or URI that all nodes reach. It holds the checkpoints; a later call continues from the newest one.
         report: Takes the metrics of each step once.
     """
     assert scale.worker_range == (1, 1), "several workers need a Ray Train run of their own"
@@ -40,18 +40,18 @@ def fit(request: Request[ModelRef], scale: ScaleConfig, *, storage: str, report:
         nonlocal newest
         if isinstance(line, str):
             warnings.warn(line, stacklevel=2)
-        elif line["step"] > newest:  # a process that replaces another repeats the steps since its checkpoint
+        elif line["step"] > newest:  # a process that replaces another repeats the steps since the checkpoint
             newest = line["step"]
             report(line)
 
-    # Without `owner`: a training loads its own model, and leaves none for the next.
+    # There is no `owner`, because a training loads its own model and does not retain it.
     held = {"num_cpus": scale.cpus_per_worker, "num_gpus": reserved.gpus_of(scale)}
     staying.call(_train, (request, scale, storage), scale, held, receive)
 
 
 def prepare(num_processes: int) -> None:
-    """Start importing the training loop in that many processes; returns at once, while they import."""
-    # Ray runs the tasks at the same time in processes of their own, if CPUs are free, and keeps the processes.
+    """Start importing the training loop in several processes; returns at once, while they import."""
+    # Ray runs the tasks at the same time in separate processes, if CPUs are free, and reuses the processes.
     for _ in range(num_processes):
         _import.remote()
 
@@ -66,7 +66,7 @@ def _train(tell: staying.Tell[_Line], request: Request[ModelRef], scale: ScaleCo
     if alone.here() is not None:
         _loop(request, scale, storage, tell)
         return
-    # Not `TorchTrainer`'s local mode: it destroys the process group at the end, while DeepSpeed keeps a reference to it.
+    # `TorchTrainer`'s local mode is not used: it destroys the process group at the end, to which DeepSpeed keeps a reference.
     private_parts.local_trainer()(
         lambda: _loop(request, scale, storage, tell),
         scaling_config=ScalingConfig(num_workers=0),
@@ -75,7 +75,7 @@ def _train(tell: staying.Tell[_Line], request: Request[ModelRef], scale: ScaleCo
 
 
 def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: staying.Tell[_Line]) -> None:
-    """Train from the newest checkpoint below `storage` to the end, and leave the artifact there."""
+    """Train from the newest checkpoint below `storage` to the end, and write the artifact there."""
     import torch
     from torch import distributed
 
@@ -83,7 +83,7 @@ def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: st
 
     gpu = reserved.has_gpu()
     if not distributed.is_initialized():
-        # Once for each process. A group of one needs no port: a `HashStore` lives in the memory of the process.
+        # The group is created once per process. A group of one needs no port: its `HashStore` is in the process's memory.
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         store = distributed.HashStore()  # type: ignore[attr-defined]
         distributed.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -101,6 +101,6 @@ def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: st
     try:
         worker.run(request, scale, seat)
     finally:
-        # The process stays, so the GPU memory in PyTorch's cache must be free for the next training.
+        # The process remains, so the GPU memory in PyTorch's cache is freed for others.
         if gpu:
             torch.cuda.empty_cache()

@@ -1,12 +1,12 @@
-"""W&B agents: they ask a sweep of Weights & Biases for the next run. One agent for each trial that runs at the same time.
+"""W&B agents: they ask a sweep of Weights & Biases for the next run. Each concurrent trial has one agent.
 
-W&B gives an agent its next run when the agent's heartbeat says that it has none, as in `wandb agent`; W&B Launch, too,
+W&B gives an agent its next run when the agent's heartbeat reports no run, as in `wandb agent`; W&B Launch also
 registers an agent for each of its workers. A thread sends the heartbeats, so that a slow server never blocks the sweep.
 
     agents = Agents("team/steerlab/abc123", num_agents=8)
     agents.start()
     agents.take()            # a run to be started, or None now
-    agents.stopped           # ids of runs that W&B wants ended: early termination, or somebody in the page
+    agents.stopped           # ids of runs that W&B wants to stop: by early termination, or by a user on the page
     agents.release(run_id)   # it is over
 """
 
@@ -31,7 +31,7 @@ _TIMEOUT_S = 30
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A run that W&B wants to be executed."""
+    """A run that W&B asks to execute."""
 
     run_id: str
     """Id that the W&B run must have (`tracking.Place.run_id`)."""
@@ -93,13 +93,13 @@ class Agents:
 
     @property
     def ended(self) -> bool:
-        """Whether the sweep has nothing more to run, or was stopped or deleted on its page."""
+        """Whether the sweep has no further runs, or was stopped or deleted on its page."""
         return not self._runs and self._suggestions.empty()
 
     def start(self, running: Sequence[str] = ()) -> None:
-        """Start to send heartbeats; `running` are ids of runs that this process continues after a restart."""
+        """Start sending heartbeats; `running` are ids of runs that this process continues after a restart."""
         agents = list(self._runs)
-        # W&B gives an agent no run while it reports one as running, so a restart first finishes what it had begun.
+        # W&B gives an agent no run while it reports one as running, so a restart first finishes its earlier runs.
         for number, run in enumerate(running):
             self._runs[agents[number % len(agents)]].append(run)
         threading.Thread(target=self._serve, daemon=True, name="wandb-agents").start()
@@ -122,24 +122,24 @@ class Agents:
         self._wake.set()
 
     def close(self) -> None:
-        """Send no more heartbeats."""
+        """Stop sending heartbeats."""
         self._closed.set()
         self._wake.set()
 
     def poll(self) -> None:
-        """Send a heartbeat for each agent, and carry out the commands in the answers. Does nothing if the server is away."""
+        """Send a heartbeat for each agent, and execute the commands in the answers. Does nothing while it is unreachable."""
         for agent, runs in list(self._runs.items()):
             if self._closed.is_set():
                 return
             with self._lock:
-                # A copy under the lock; the request itself is outside, since `release` must not wait for a server.
+                # The runs are copied under the lock; the request is outside, since `release` must not wait for a server.
                 alive = dict.fromkeys(runs, True)
             try:
                 commands = private_parts.heartbeat(self._api, agent, alive)
             except private_parts.SweepGoneError:
-                self._runs.pop(agent)  # its running trials end by themselves
+                self._runs.pop(agent)  # its running trials end normally
                 continue
-            except (TypeError, KeyError, ValueError):  # the answer has no commands, as while the server is down
+            except (TypeError, KeyError, ValueError):  # the answer has no commands, for example while the server is down
                 continue
             with self._lock:
                 for command in commands or ():
@@ -153,7 +153,7 @@ class Agents:
             self._suggestions.put(Suggestion(command.run_id, values))
         elif command.type == "stop":
             self.stopped.add(command.run_id)
-        elif command.type == "exit":  # the sweep was cancelled: its running trials stop too, and this agent gets no more
+        elif command.type == "exit":  # the sweep was cancelled: its running trials stop too, and this agent gets no more runs
             self.stopped.update(self._runs.pop(agent))
 
     def _serve(self) -> None:
@@ -165,7 +165,7 @@ class Agents:
 
 
 def _read(config: object) -> JsonObject:
-    """Return a sweep's configuration, which a server sends as YAML text, JSON text or an object."""
+    """Return a sweep's configuration, which the server sends as YAML text, JSON text or an object."""
     import yaml
 
     tree = yaml.safe_load(config) if isinstance(config, str) else config

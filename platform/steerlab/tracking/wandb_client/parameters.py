@@ -36,7 +36,7 @@ def sweep_config(
         space: entries of the search space by key.
         metric: the metric to optimise.
         mode: "min" or "max".
-        method: None for grid if every entry is a list of values, else random.
+        method: None for grid if every entry is a list of values, otherwise random.
         min_reports: number of reports after which W&B's hyperband may stop bad trials; None for no early stopping.
 
     Raises:
@@ -69,7 +69,7 @@ def parameter(key: str, entry: object) -> dict[str, object]:
     """Return W&B's configuration of one entry.
 
     Raises:
-        ValueError: W&B has no counterpart for it.
+        ValueError: W&B has no counterpart for the entry.
     """
     if isinstance(entry, dict) and set(entry) == {"grid_search"}:
         return {"values": [_plain(value) for value in entry["grid_search"]]}
@@ -78,7 +78,7 @@ def parameter(key: str, entry: object) -> dict[str, object]:
     if isinstance(entry, Float | Integer):
         return _range(key, entry)
     if isinstance(entry, Domain) or callable(entry):
-        raise ValueError(f"SPACE[{key!r}]: W&B draws no values from a function (tune.sample_from)")
+        raise ValueError(f"SPACE[{key!r}]: W&B cannot draw values from a function (tune.sample_from)")
     if isinstance(entry, dict):
         raise ValueError(f"SPACE[{key!r}]: a nested space; name the whole path, as in {key + '.field'!r}")
     return {"value": _plain(entry)}
@@ -94,13 +94,13 @@ def _range(key: str, entry: Float | Integer) -> dict[str, object]:
         return {"distribution": "q_normal", **shape, "q": step} if step else {"distribution": "normal", **shape}
     low, high = entry.lower, entry.upper
     if low is None or high is None or math.isinf(low) or math.isinf(high):
-        raise ValueError(f"SPACE[{key!r}]: a range needs two ends")
+        raise ValueError(f"SPACE[{key!r}]: W&B needs a range with two ends")
     if isinstance(entry, Integer):
         # Ray Tune excludes the upper end of an integer range, and W&B includes it. With steps, both include it.
         step, high = step if step and step > 1 else None, high if step and step > 1 else high - 1
     if isinstance(inner, LogUniform):
         whole = isinstance(entry, Integer)
-        # W&B has no logarithmic distribution of integers, but one that rounds to multiples of q.
+        # W&B has no logarithmic distribution of integers, so one that rounds to multiples of q is used.
         if step or whole:
             return {"distribution": "q_log_uniform_values", "min": low, "max": high, "q": step or 1}
         return {"distribution": "log_uniform_values", "min": low, "max": high}

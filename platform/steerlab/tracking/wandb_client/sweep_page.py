@@ -32,7 +32,7 @@ ASKED = "wandb_sweep_asked.json"
 
 
 class _Page(saved.Shape):
-    """Content of the file SWEEP, as far as it is read."""
+    """Fields of the file SWEEP that are used here."""
 
     id: str
 
@@ -54,7 +54,7 @@ def begin(track: TrackConfig, config: Mapping[str, object], directory: Path) -> 
         directory: folder of the files SWEEP and ASKED.
 
     Returns:
-        Id of the page. None if the job is not tracked online, or the server does not answer (with a warning): the trials then
+        Id of the page. None if the job is not tracked online, or the server does not answer (with a warning); the trials then
         share a group only, and `send` can create the page later.
     """
     path = directory / SWEEP
@@ -65,20 +65,20 @@ def begin(track: TrackConfig, config: Mapping[str, object], directory: Path) -> 
         return None
     request = {"config": dict(config), "project": track.wandb.project, "entity": track.wandb.entity}
     directory.mkdir(parents=True, exist_ok=True)
-    # Before the call, so that `send` can create the page later if W&B does not answer.
+    # Written before the call, so that `send` can create the page later if W&B does not answer.
     spool.write_json(directory / ASKED, request)
     return _create(directory, request, ()) if mode == "online" else None
 
 
 def is_sweep(directory: Path) -> bool:
-    """Say whether a folder is that of a sweep that has a page or can get one with `send`."""
+    """Return whether a folder is that of a sweep with a page, or for which `send` can create one."""
     return any((directory / name).is_file() for name in (SWEEP, ASKED))
 
 
 def send(directory: Path, runs: Sequence[str]) -> str:
     """Create the page of a sweep from `runs`, ids of runs that W&B has; return the page's id.
 
-    A sweep that already has a page keeps it.
+    If the sweep already has a page, its id is returned.
 
     Raises:
         ValueError: W&B refuses or does not answer.
@@ -101,10 +101,10 @@ def _create(directory: Path, request: Mapping[str, object], prior_runs: Sequence
 
 
 def _call(request: Mapping[str, object]) -> _Answer | None:
-    """Create a sweep's page in a process of its own; warn and return None if W&B does not answer in time."""
+    """Create a sweep's page in another process; warn and return None if W&B does not answer in time."""
     paths = [str(files.SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
-        # A process can be killed after CALL_S; a thread that waits for a server cannot.
+        # A process can be killed after CALL_S; a thread that waits for a server cannot be.
         done = subprocess.run(
             [sys.executable, "-P", "-m", "steerlab.tracking.wandb_client.sweep_page"],
             input=json.dumps(request), capture_output=True, text=True, timeout=CALL_S, check=False, cwd=files.OWN_FOLDER,

@@ -1,6 +1,6 @@
 """Create W&B workspaces and a report from the definitions in `dashboards/`: one file for each method, and an overview.
 
-A definition is a Python file with a `Board` named BOARD. It says which runs to show (every run has the tag of its method), and
+A definition is a Python file with a `Board` named BOARD. It lists which runs to show (every run has the tag of its method), and
 which parameters and metrics. `steerlab dashboards push` writes them with wandb-workspaces (the `dashboards` extra).
 
 wandb-workspaces does not document the names of nested fields (its issue 46). W&B stores a job as nested config, so the field
@@ -29,13 +29,13 @@ _MISSING = "this needs wandb-workspaces: pip install 'steerlab[dashboards]'"
 
 @dataclass(frozen=True)
 class Board:
-    """Definition of one workspace, as a file of `dashboards/` holds it."""
+    """Definition of one workspace, in a file of `dashboards/`."""
 
     title: str
     about: str
     """One or two sentences for the report."""
     metrics: tuple[str, ...]
-    """Summary metrics. The first is the goal, for which parameter importance is shown; the others are plotted against it."""
+    """Summary metrics. The first one is the goal, whose parameter importance is shown; the others are plotted against it."""
     parameters: tuple[str, ...]
     """Paths of fields of the job, for the parallel coordinates and the plots of the goal against a parameter."""
     methods: tuple[str, ...] = ()
@@ -164,7 +164,7 @@ def load(folder: Path, only: Sequence[str] = ()) -> dict[str, Board]:
     unknown = [name for name in only if name not in files]
     if not files or unknown:
         raise ValueError(
-            f"{folder} has no definition {unknown[0] if unknown else 'at all'}; there are {', '.join(files) or 'none'}"
+            f"{folder} has no definition {unknown[0] if unknown else 'at all'}; it has {', '.join(files) or 'none'}"
         )
     boards = {}
     for name, path in files.items():
@@ -178,7 +178,7 @@ def load(folder: Path, only: Sequence[str] = ()) -> dict[str, Board]:
 
 
 def _module(path: Path) -> ModuleType:
-    # By path: the folder is not a package, and its files have names such as `overview` that another package may use.
+    # Loaded by path: the folder is not a package, and names such as `overview` may be those of other packages.
     spec = importlib.util.spec_from_file_location(f"dashboards_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -204,10 +204,10 @@ def push(boards: Mapping[str, Board], path: str) -> dict[str, str]:
     entity, slash, project = path.partition("/")
     if not slash or not entity or not project:
         raise ValueError(f"--project {path}: expected ENTITY/PROJECT")
-    # First of all, so that a missing package is reported before W&B is contacted.
+    # Called first, so that a missing package is reported before W&B is contacted.
     _workspaces()
     try:
-        # W&B's client reads `wandb/settings` in the current folder, which could name another server that would get the key.
+        # W&B's client reads `wandb/settings` in the current folder, which could name another server that would receive the key.
         with chdir(files.OWN_FOLDER):
             urls = {name: workspace(board, entity, project).save().url for name, board in boards.items()}
             chapters = [board for board in boards.values() if board.in_report]
@@ -218,7 +218,7 @@ def push(boards: Mapping[str, Board], path: str) -> dict[str, str]:
 
 def _reports() -> ModuleType:
     try:
-        # Imported here and not above: wandb-workspaces is an optional dependency (the `dashboards` extra).
+        # Imported only here, since wandb-workspaces is an optional dependency (the `dashboards` extra).
         import wandb_workspaces.reports.v2 as wr
     except ImportError:
         raise ValueError(_MISSING) from None

@@ -40,7 +40,7 @@ class Config(TaskConfig):
     source: Source = ALPACA
     """Rows with `instruction` and optionally `input`; a field `dataset` is copied into the answers."""
     needs_input: bool = False
-    """Use only rows with an input (the paper's second set: AlpacaFarm's 208)."""
+    """Use only rows with an input (the paper's second set, 208 rows of AlpacaFarm)."""
     offset: int = Field(0, ge=0)
     """Number of rows to skip at the start, such as those that a job trained on."""
     generator: str = "steerlab"
@@ -60,7 +60,7 @@ def check(config: Config, facts: ModelFacts) -> None:
 
 
 def run(model: SteeredModel, config: Config) -> Result:
-    """Answer every prompt at every strength; the run folder holds all answers, not a selection."""
+    """Answer every prompt at every strength; the run folder has all answers, not a selection."""
     rows = instruction_rows(
         config.source,
         needs_input=config.needs_input,
@@ -72,13 +72,13 @@ def run(model: SteeredModel, config: Config) -> Result:
     prompts = [model.encoder.conversation(str(item.row["instruction"]), _data(item)) for item in rows]
     observations, samples = [], []
     for strength, outputs in answers(model, prompts, config):
-        # AlpacaEval takes one generator for one list, so strengths have to differ in its name.
+        # AlpacaEval accepts one generator per list, so the generators' names contain the strength.
         name = config.generator if len(config.strengths) == 1 else f"{config.generator}_strength_{strength:g}"
         for item, output in zip(rows, outputs, strict=True):
             length = Observation("alpaca/response_tokens", item.id, float(output.num_tokens), 1.0, strength)
             observations += with_legibility("alpaca", item.id, [output], [length], strength)
             samples.append({"id": item.id, "strength": strength} | entry(item, output.text, name))
-    # AlpacaEval reads the samples, so the run folder gets all of them.
+    # AlpacaEval reads the samples, so all of them are stored.
     return Result(observations, samples, measures(config), num_shown=None)
 
 
@@ -96,7 +96,7 @@ def entry(item: Numbered, output: str, generator: str) -> dict[str, str]:
 
 
 def _data(item: Numbered) -> str:
-    # A single letter or digit is an input too, as in AlpacaFarm's 208 rows; a single mark stands for nothing.
+    # A single letter or digit is an input too, as in AlpacaFarm's 208 rows; a single mark is a placeholder.
     single = not_empty(item.row) and str(item.row["input"]).strip().isalnum()
     return str(item.row["input"]) if has_input(item.row) or single else ""
 

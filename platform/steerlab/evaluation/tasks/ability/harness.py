@@ -4,7 +4,7 @@ Needs an extra: `pip install steerlab[lm_eval]`. Prompts, few-shot examples, ans
 the steered model provides log-likelihoods and continuations. The data set of a task is downloaded from the hub, or taken from
 its cache (HF_HOME). To run your own tasks, put their YAML files into a folder and set `tasks_source`.
 
-    lm_eval/<metric>            `acc`, `acc_norm`, `exact_match`, ...; of a group such as mmlu over all its questions
+    lm_eval/<metric>            `acc`, `acc_norm`, `exact_match`, ...; of a group such as mmlu, over all its questions
     lm_eval/<metric>_<filter>   if the task parses answers in several ways (gsm8k: strict_match, flexible_extract)
     lm_eval/empty, lm_eval/repetition, lm_eval/letters        see `legibility`, for tasks that generate text
 
@@ -13,7 +13,7 @@ template, with the worked examples as turns of the chat and the roles of its tok
 models are usually of this kind, those of base models are not.
 
 A metric is reported if the harness's number is a mean over documents, or the exponential of one (perplexity); the mean is
-compared with that number. Other metrics (F1 over a corpus, BLEU) are left out with a warning.
+compared with that number. Other metrics (F1 over a corpus, BLEU) are skipped with a warning.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
 Logged: TypeAlias = Mapping[str, Any]
-"""The harness's log of one document: its prompt, answers and metrics, whose types depend on the harness's task."""
+"""The harness's log of one document: its prompt, answers and metrics, with types that depend on the harness's task."""
 
 
 Name = Annotated[str, Field(min_length=1)]
 
 
 class Config(TaskConfig):
-    """A task of lm-evaluation-harness; `limit` takes the first documents of each of its tasks, as the harness does."""
+    """A task of lm-evaluation-harness; `limit` takes the first documents of each of its tasks, as in the harness."""
 
     task: Literal["lm_eval"] = "lm_eval"
     """This task."""
@@ -54,7 +54,7 @@ class Config(TaskConfig):
     chat_template: bool = Field(False, exclude_if=lambda chats: not chats)
     """Ask through the model's chat template, with the question as the user's turn."""
     system_instruction: str | None = Field(None, exclude_if=lambda text: text is None)
-    """System text before the question and its examples; null sends none but the task's own description."""
+    """System text before the question and its examples; null sends only the task's own description."""
     fewshot_as_turns: bool = Field(True, exclude_if=lambda turns: turns)
     """With a chat template: worked examples as turns of the chat; false writes them into the user's turn."""
     num_fewshot: int | None = Field(None, ge=0)
@@ -62,7 +62,7 @@ class Config(TaskConfig):
     tasks_source: Source | None = None
     """Folder with your own task files; null uses the harness's tasks only."""
     trust_remote_code: bool = False
-    """Let the task files of `tasks_source` run: they name Python functions, and their templates are programs."""
+    """Allow the task files of `tasks_source` to run code: they name Python functions, and their templates are programs."""
     seed: Seed = 1234
     """Seed of the few-shot examples and of sampling (the harness's default)."""
 
@@ -78,7 +78,7 @@ class Config(TaskConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is known before the task runs: the names of the other metrics depend on the harness's task."""
+    """Return the measures that are known before the task runs; other names depend on the harness's task."""
     own = (empty(), *legibility.texts_measures())
     named = [measure._replace(name=f"{_prefix(config, name)}{measure.name}") for name in config.names for measure in own]
     return (*named, Measure("*", None))
@@ -94,7 +94,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     simple_evaluate, manager = _library(config)
     observations, samples = [], []
     measured: dict[str, Measure] = {}
-    # The harness has no notion of strengths, so it runs once for each; and once for each task, whose numbers are then its own.
+    # The harness does not know strengths, so it runs once for each strength, and once for each task to separate their numbers.
     for strength, task in itertools.product(config.strengths, config.names):
         fates: Fates = {}
         # The harness's bootstrap is switched off: the platform computes intervals from the observations itself.
@@ -121,7 +121,7 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 def _library(config: Config) -> tuple[Callable[..., Any], Any]:
     """Return the harness's evaluation function and its table of tasks."""
-    # The harness itself runs such code without asking (`!function` in YAML, Jinja templates), so it is asked for here.
+    # The harness itself runs such code without permission (`!function` in YAML, Jinja templates), so it is required here.
     if config.tasks_source is not None and not config.trust_remote_code:
         raise ValueError(
             "tasks_source: the harness runs the Python that task files name, and their templates without a sandbox; if you "
@@ -146,7 +146,7 @@ def _library(config: Config) -> tuple[Callable[..., Any], Any]:
 
 
 def _prefix(config: Config, name: str) -> str:
-    """Return the beginning of a task's metrics: nothing for a single task, whose metrics need no name."""
+    """Return the beginning of a task's metrics: empty for a single task, whose metrics need no name."""
     return "" if len(config.names) == 1 else f"{name}."
 
 
@@ -182,7 +182,7 @@ def observe(
             # Hyphens become underscores, as in the names of all other metrics.
             name = prefix + metric + ("" if answer_filter == "none" else f"_{answer_filter.replace('-', '_')}")
             if means is None:
-                warnings.warn(f"lm_eval/{name} of {task} is no mean over documents and is left out ({number})", stacklevel=2)
+                warnings.warn(f"lm_eval/{name} of {task} is not a mean over documents and is skipped ({number})", stacklevel=2)
                 continue
             # If several tasks of a group report the same metric, the direction of the last one counts.
             pairs, transform = means
@@ -204,8 +204,8 @@ def _fated(observation: Observation, task: str, number: int, fates: Fates) -> Ob
 
 
 def _legible(task: str, samples: Iterable[Logged], strength: float, prefix: str) -> list[Observation]:
-    """Return for each document whose answers are texts whether they are still language."""
-    # A document is logged once for each filter, with the same answers; keyed by its id it counts once.
+    """Return the legibility of the answers of each document whose answers are texts."""
+    # A document is logged once per filter, with the same answers; keyed by its id, it counts once.
     answered = {sample["doc_id"]: [text for answers in sample.get("resps", ()) for text in answers] for sample in samples}
     return [
         observation
@@ -229,7 +229,7 @@ def _as_means(values: Sequence[object], number: object) -> tuple[list[tuple[floa
     """Return ([(value, weight)], transform) whose weighted mean is the harness's number; None if no candidate gives it."""
     if not isinstance(number, int | float):
         return None
-    # The harness does not say how it aggregates, so each known way is tried and the result compared with its number.
+    # The harness does not report how it aggregates, so each known way is tried and compared with its number.
     for pairs, transform in _candidates(values):
         mean = sum(v * w for v, w in pairs) / sum(w for _, w in pairs)
         # exp(710) overflows a double.
@@ -260,7 +260,7 @@ def _sample(task: str, logged: Logged, strength: float) -> dict[str, object]:
         **written,
         "responses": str(logged["filtered_resps"]),
         "filter": str(logged["filter"]),
-        # A metric of a document is a number, or what its aggregation needs: a pair, a text.
+        # A document's metric is a number, or the input of the aggregation, such as a pair or a text.
         **{metric: _number_or_text(logged[metric]) for metric in logged["metrics"]},
     }
 

@@ -1,7 +1,7 @@
 """Chats of lm-evaluation-harness as conversations with roles.
 
-The harness renders a chat to a text before it hands it to the model, and a text has no roles. So the text of each chat is
-remembered with its turns: when a request brings the text back, the turns are encoded as those of every other conversation, with
+The harness renders a chat to a text before it passes it to the model, and a text has no roles. So the turns of each rendered
+chat are stored by its text: when a request contains this text, the turns are encoded as those of every other conversation, with
 the roles of their tokens and without special tokens that a question spells out.
 """
 
@@ -19,7 +19,7 @@ Turns = Sequence[Mapping[str, str]]
 
 
 class Chat(NamedTuple):
-    """The turns of a chat, and the beginning of the answer if the harness's task writes it (`gen_prefix`)."""
+    """The turns of a chat, and the beginning of the answer if the harness's task sets one (`gen_prefix`)."""
 
     turns: Turns
     prefix: str = ""
@@ -33,7 +33,7 @@ class Chats:
     by_text: dict[str, Chat] = field(default_factory=dict)
 
     def render(self, history: Turns, add_generation_prompt: bool = True) -> str:
-        """Return the text of a chat and remember its turns; the harness calls this for each question.
+        """Return the text of a chat and store its turns; the harness calls this for each question.
 
         Args:
             history: messages {role, content}: system instruction, worked examples, question.
@@ -50,22 +50,22 @@ class Chats:
         return text
 
     def prompt(self, text: str) -> Conversation | None:
-        """Return the conversation that a request's text stands for, to be answered; None if it is no chat.
+        """Return the conversation of a request's text, which the model should answer; None if it is not a chat.
 
         Raises:
-            ValueError: the harness's task writes the beginning of the answer, after which a chat cannot be continued here.
+            ValueError: the harness's task sets the beginning of the answer, which is not supported for chats.
         """
         if (chat := self.by_text.get(text)) is None:
             return None
         if chat.prefix:
             raise ValueError(
-                f"chat_template: the task begins each answer with {chat.prefix!r:.60} (gen_prefix), and an answer that has "
-                "begun cannot be continued in a chat here; leave chat_template out for this task"
+                f"chat_template: the task begins each answer with {chat.prefix!r:.60} (gen_prefix), and answers with a "
+                "given beginning are not supported in chats; set chat_template to false for this task"
             )
         return self.encoder.dialogue(chat.turns)
 
     def answered(self, text: str, continuation: str) -> Conversation | None:
-        """Return the conversation of a request with its answer, whose last part is the continuation; None if it is no chat."""
+        """Return the conversation of a request with its answer, ending with the continuation; None if it is not a chat."""
         if (chat := self.by_text.get(text)) is None:
             return None
         role = self.encoder.response_role_id

@@ -1,15 +1,15 @@
-"""The steered model behind the interface of lm-evaluation-harness: log-likelihoods and continuations.
+"""The steered model with the interface of lm-evaluation-harness: log-likelihoods and continuations.
 
 Departures from the harness's own Hugging Face model: a text starts with a beginning-of-sequence token if the tokenizer adds
 one, and context and continuation are tokenised as one text; a token that spans both counts as continuation. The context has the
 role of instructions. A continuation has the role of responses and the phase of generation, as if the model had written it. A
 whole text (perplexity) is a prompt.
 
-A chat (`chat_template`) keeps the roles of its turns: see `harness_chats`. It is never cut: one that does not fit is counted as
+A chat (`chat_template`) has the roles of its turns: see `harness_chats`. It is never cut: a chat that does not fit counts as
 too long.
 
-As in the harness's model, a context of plain text that does not fit is cut on the left. A continuation that does not fit by
-itself is not scored. Both cases are recorded for each document.
+As in the harness's model, a context of plain text that does not fit is cut on the left. A continuation that does not fit even
+alone is not scored. Both cases are recorded for each document.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from steerlab.inputs.tokens import INSTRUCTION, Conversation, Message, Part
 from steerlab.steered.language import SteeredModel
 
 Fates = dict[tuple[str, int], Reason]
-"""(task, document number) -> why the document was not scored or was cut; documents that fit are not listed."""
+"""(task, document number) -> why the document was not scored or was cut. Documents that fit have no entry."""
 
 
 class Request(Protocol):
@@ -57,9 +57,9 @@ class Continued(NamedTuple):
 
 
 def adapter(model: SteeredModel, strength: float, seed: int, fates: Fates) -> Any:
-    """Return the model at one strength as an `LM` of the harness; it records into `fates` what did not fit."""
+    """Return the model at one strength as an `LM` of the harness; it records in `fates` the documents that did not fit."""
     chats = Chats(model.encoder)
-    # Imported, and the class defined, inside the function: lm_eval is an optional dependency.
+    # The class is defined inside the function, since lm_eval is an optional dependency.
     from lm_eval.api.model import LM  # type: ignore[import-not-found]
 
     class Steered(LM):
@@ -76,7 +76,7 @@ def adapter(model: SteeredModel, strength: float, seed: int, fates: Fates) -> An
             note(fates, requests, [output.reason for output in outputs])
             return [output.text for output in outputs]
 
-        # The harness calls these three with a chat template only. The name is that of its cache of requests, which is off.
+        # The harness calls these three only with a chat template. The name is for its cache of requests, which is off.
         def apply_chat_template(self, chat_history: Turns, add_generation_prompt: bool = True) -> str:
             return chats.render(chat_history, add_generation_prompt)
 
@@ -93,7 +93,7 @@ def adapter(model: SteeredModel, strength: float, seed: int, fates: Fates) -> An
 def note(fates: Fates, requests: Sequence[Request], reasons: Sequence[Reason | None]) -> None:
     """Record in `fates` which documents of the requests did not fit or were cut."""
     for request, reason in zip(requests, reasons, strict=True):
-        # A document has one request for each choice. If one choice was not scored, the document's metric means nothing.
+        # A document has one request for each choice. If one choice was not scored, the document's metric is meaningless.
         document = (request.task_name, request.doc_id)
         if reason is not None and fates.get(document) != TOO_LONG:
             fates[document] = reason
@@ -104,8 +104,8 @@ def loglikelihoods(
 ) -> list[Likelihood]:
     """Score continuations given their contexts, texts or chats; a context of plain text that does not fit is cut on the left.
 
-    A continuation that does not fit by itself gets 0 nats and the reason `TOO_LONG`: the harness needs a number for every
-    request, and the reason keeps that number out of the metrics.
+    A continuation that does not fit even alone gets 0 nats and the reason `TOO_LONG`: the harness needs a number for every
+    request, and the reason excludes that number from the metrics.
     """
     answered = [None if chats is None else chats.answered(*pair) for pair in pairs]
     texts = [chat or conversation_of(model, *pair) for chat, pair in zip(answered, pairs, strict=True)]
@@ -125,13 +125,13 @@ def rolling_loglikelihoods(model: SteeredModel, texts: Sequence[str], strength: 
     size = max_length(model)
     # One list of windows for all texts, so that windows of short and long texts share batches.
     windows: list[tuple[int, Row]] = []
-    # Without the preamble: these texts are scored from their first token on, and not continued.
+    # The preamble is omitted, since these texts are scored from their first token on.
     plain: list[Conversation] = [(Message("text", (Part(text, INSTRUCTION),)),) for text in texts]
     for number, row in enumerate(model.encoder.encode_all(plain)):
-        # Part -1 is the beginning-of-sequence token that the tokenizer added; `prefix_id` takes its place for every text.
+        # Part -1 is the beginning-of-sequence token that the tokenizer added; `prefix_id` replaces it for every text.
         own = [i for i, part in zip(row.input_ids, row.parts, strict=True) if part >= 0]
         ids = [prefix_id(model), *own]
-        # Windows overlap by one token, the one that the first scored token of a window is predicted from.
+        # Windows overlap by one token, from which the first scored token of a window is predicted.
         for start in range(0, len(own), size - 1):
             window = ids[start : start + size]
             windows.append((number, Row(of_ids(window, INSTRUCTION), len(window) - 1)))
@@ -156,14 +156,14 @@ def generations(
 
     groups: dict[str, list[int]] = defaultdict(list)
     for number, (_, settings) in enumerate(requests):
-        # Settings are dictionaries, which cannot be keys; as JSON they can.
+        # Settings are dictionaries, which cannot be keys, so their JSON is the key.
         groups[json.dumps(settings, sort_keys=True)].append(number)
     continued = [Continued("")] * len(requests)
     for encoded, numbers in groups.items():
         settings = normalize_gen_kwargs(json.loads(encoded))
         ignored = set(settings) - {"until", "do_sample", "temperature", "top_p", "top_k", "min_p", "max_gen_toks"}
         if ignored:
-            warnings.warn(f"lm_eval: settings of generation that are ignored: {', '.join(sorted(ignored))}", stacklevel=2)
+            warnings.warn(f"lm_eval: these settings of generation are ignored: {', '.join(sorted(ignored))}", stacklevel=2)
         prompts, reasons = [], []
         for number in numbers:
             prompt = None if chats is None else chats.prompt(requests[number][0])
@@ -193,7 +193,7 @@ def _tail(model: SteeredModel, context: str, num_new: int) -> Continued:
     if len(model.encoder.encode(conversation_of(model, context))) <= room or room < 2:
         return Continued(context)
     starts = [start for start, _ in model.encoder.tokenizer(context, return_offsets_mapping=True)["offset_mapping"]]
-    # Tokenised alone, the end of a text may have more tokens than it had within the text, so it is shortened until it fits.
+    # Tokenised alone, the end of a text may have more tokens than within the text, so it is shortened until it fits.
     tails = (context[start:] for start in starts[-int(room) :])
     fitting = (tail for tail in tails if len(model.encoder.encode(conversation_of(model, tail))) <= room)
     return Continued(next(fitting, context), "cut")

@@ -16,7 +16,7 @@ from steerlab.inputs.tokens import INSTRUCTION, Conversation, Encoded, Message, 
 from steerlab.steered.language import SteeredModel
 
 _MAX_LENGTH = 2048
-"""Context length in tokens of a model whose config names none (the harness's default)."""
+"""Context length in tokens of a model whose config has none (the harness's default)."""
 
 
 class Row(NamedTuple):
@@ -46,13 +46,13 @@ def score(model: SteeredModel, rows: Sequence[Row], strength: float) -> list[Lik
         batch = collate([rows[i].tokens for i in chunk], model.encoder.pad_id).to(model.device)
         logits_BTV = model.logits(batch, strength)
         for i, logits_TV, ids_T in zip(chunk, logits_BTV, batch.input_ids, strict=True):
-            # Padding follows a row's own tokens. The token at position t is predicted by the logits at t - 1.
+            # Padding comes after a row's own tokens. The token at position t is predicted by the logits at t - 1.
             end = len(rows[i].tokens)
             start = end - rows[i].num_scored
-            # Only the scored positions become float32: over the whole batch that would double the memory of the logits.
+            # Only the scored positions become float32; for the whole batch, this would double the memory of the logits.
             log_probs_SV = logits_TV[start - 1 : end - 1].float().log_softmax(-1)
             ids_S = ids_T[start:end]
-            # Padding is on the right here, so a row's own positions begin at 0 whatever the length of its batch.
+            # Padding is on the right here, so a row's own positions begin at 0.
             total = float(log_probs_SV.gather(-1, ids_S[:, None]).sum())
             likelihoods[i] = Likelihood(total, bool((log_probs_SV.argmax(-1) == ids_S).all()))
         model.progress(len(likelihoods), len(rows))
@@ -61,7 +61,7 @@ def score(model: SteeredModel, rows: Sequence[Row], strength: float) -> list[Lik
 
 def _chunks(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[int]]:
     """Yield the indices of rows in batches of at most `batch_tokens` padded tokens, longest rows first."""
-    # Sorted, so that the first row of a batch is its longest one, to which the others are padded.
+    # Rows are sorted, so that the first row of a batch is its longest one, to which the others are padded.
     chunk: list[int] = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i].tokens), reverse=True):
         if chunk and (len(chunk) + 1) * len(rows[chunk[0]].tokens) > batch_tokens:
@@ -88,11 +88,11 @@ def pair_row(model: SteeredModel, row: Encoded) -> Row:
     inside = [part == 1 for part in row.parts]
     num_scored = sum(inside)
     if num_scored == len(row):
-        # No context and no beginning-of-sequence token: the first token needs one to be predicted from.
+        # Without context and beginning-of-sequence token, a token is added, from which the first one is predicted.
         prefix = of_ids([prefix_id(model)], INSTRUCTION)
         row, inside = _joined(prefix, row), [False, *inside]
     size = max_length(model)
-    # One token of context has to remain, since the first scored token is predicted from it.
+    # One token of context must remain, since the first scored token is predicted from it.
     if num_scored >= size:
         return Row(row, num_scored, TOO_LONG)
     tail = Encoded(row.input_ids[-size:], row.roles[-size:], inside[-size:], row.parts[-size:])
@@ -100,13 +100,13 @@ def pair_row(model: SteeredModel, row: Encoded) -> Row:
 
 
 def chat_row(model: SteeredModel, row: Encoded, last_part: int) -> Row:
-    """Return the row of a chat up to the end of its last part, which is scored, without what the template prints after it."""
+    """Return the row of a chat up to the end of its last part, which is scored, without the template's text after it."""
     scored = [i for i, part in enumerate(row.parts) if part == last_part]
     if not scored:
         return Row(row, 0, TOO_LONG)
     end = scored[-1] + 1
     own = Encoded(row.input_ids[:end], row.roles[:end], row.in_response[:end], row.parts[:end])
-    # From the first scored token on: a template may print tokens of its own between two of them.
+    # Everything from the first scored token on is scored, since a template may print tokens between two of them.
     return Row(own, end - scored[0], TOO_LONG if end > max_length(model) else None)
 
 
@@ -120,12 +120,12 @@ def _joined(a: Encoded, b: Encoded) -> Encoded:
 
 
 def prefix_id(model: SteeredModel) -> int:
-    """Return the token to put before a text: beginning of sequence, else end of sequence, else padding."""
+    """Return the token to put before a text: beginning of sequence, otherwise end of sequence, otherwise padding."""
     encoder = model.encoder
     candidates: Any = (encoder.tokenizer.bos_token_id, encoder.eos_id, encoder.pad_id)
     return next(int(candidate) for candidate in candidates if candidate is not None)
 
 
 def max_length(model: SteeredModel) -> int:
-    """Return the context length in tokens, which is the harness's default where the model has no limit."""
+    """Return the context length in tokens, or the harness's default if the model has no limit."""
     return _MAX_LENGTH if model.max_tokens == math.inf else int(model.max_tokens)

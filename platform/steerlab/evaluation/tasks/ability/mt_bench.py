@@ -1,8 +1,8 @@
 """MT-Bench: questions of two turns, graded from 1 to 10 by a judge that sees one answer at a time.
 
 Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", arXiv 2306.05685, section 3.1 (single answer grading).
-The model answers the first turn, then the second with its own first answer before it, at the same strength. The judge grades
-the first answer, and in a question of its own the second with the whole dialogue in view. In categories with a right answer it
+The model answers the first turn, then the second after its own first answer, at the same strength. The judge grades
+the first answer, and in a separate question the second one within the whole dialogue. In categories with a right answer it
 also sees a reference.
 
     mt_bench/score     mean grade of both turns          higher is better
@@ -13,10 +13,10 @@ also sees a reference.
 An answer without a grade is counted as unparsable, and an empty one is not shown to the judge. Temperatures are the published
 ones of each category.
 
-`source` is the published `question.jsonl` (question_id, category, turns, and references where there are some), or rows of the
+`source` is the published `question.jsonl` (question_id, category, turns, and maybe references), or rows of the
 same form. `references_source` is the published file of reference answers (question_id, choices[0].turns). The judge's questions
-are worded here; for numbers that are compared with published ones, set `prompts_source` to the published `judge_prompts.jsonl`
-and `api` to the judge that was used there.
+are this repository's; to compare with published numbers, set `prompts_source` to the published `judge_prompts.jsonl`
+and `api` to the judge of the publication.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from steerlab.steered.generated_text import Generation
 from steerlab.steered.language import SteeredModel
 
 LOW, HIGH = 1, 10
-"""Ends of the scale."""
+"""Lowest and highest grade."""
 _TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-"""Of the categories that are not answered greedily (the benchmark's own)."""
+"""Temperatures of the categories that are not answered greedily (the benchmark's own)."""
 
 _SCALE = 'End with your grade, a whole number from 1 (useless) to 10 (could not be better), in the form "Rating: [[5]]".'
 _ASKED = (
@@ -81,13 +81,13 @@ class Config(GradedConfig):
     source: Source
     """Questions as published (`question.jsonl`): rows with `question_id`, `category` and two `turns`."""
     references_source: Source | None = None
-    """Reference answers as published; null takes the field `reference` of the questions, where they have one."""
+    """Reference answers as published; null takes the optional field `reference` of the questions."""
     prompts_source: Source | None = None
-    """The judge's questions as published (`judge_prompts.jsonl`); null takes the ones that are worded here."""
+    """The judge's questions as published (`judge_prompts.jsonl`); null takes this repository's."""
     max_new_tokens: int = Field(1024, ge=1)
     """Longest answer in tokens."""
     temperature: float | None = Field(None, ge=0)
-    """Sampling temperature of all categories; null takes that of each, as the benchmark does."""
+    """Sampling temperature of all categories; null takes the benchmark's temperature of each category."""
 
 
 class Question(NamedTuple):
@@ -100,13 +100,13 @@ class Question(NamedTuple):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     grades = (Measure(name, "higher", "points", LOW, HIGH, "mean") for name in ("score", "turn_1", "turn_2"))
     return (*grades, *legibility.measures())
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse files that are not of the published form, and a judge that cannot be asked. Raises ValueError."""
+    """Refuse files that do not have the published form, and a judge that cannot be asked. Raises ValueError."""
     questions = load(config)
     gradings(config)
     asked = [sum(map(len, q.turns)) + len(str(q.reference)) for q in questions]
@@ -124,7 +124,7 @@ def run(model: SteeredModel, config: Config) -> Result:
         own = config.model_copy(update={"temperature": temperature})
         first = answers(model, [model.encoder.conversation(question.turns[0]) for question in group], own)
         for strength, replies in first:
-            # The second turn follows the model's own first answer, so that it differs between strengths.
+            # The second turn follows the model's own first answer, so it differs between strengths.
             dialogues = [_dialogue(model, q, reply.text) for q, reply in zip(group, replies, strict=True)]
             ((_, seconds),) = answers(model, dialogues, own.model_copy(update={"strengths": (strength,)}))
             for question, one, two in zip(group, replies, seconds, strict=True):
@@ -137,12 +137,12 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 
 def scorer(config: Config, device: torch.device | str) -> Scorer:
-    """Return the scorer of answers; the columns `prompt_2` and `output_2` hold the second turn, `reference_1` a reference."""
+    """Return the scorer of answers; the columns `prompt_2` and `output_2` have the second turn, `reference_1` a reference."""
     ask = graders.judge_of(config, device)
     asked = gradings(config)
 
     def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
-        # Both turns of all texts in one call, so that a judge which answers several questions at a time always has some.
+        # Both turns of all texts are asked in one call, so that a judge with concurrent questions is never idle.
         turns = [(i, turn) for i, text in enumerate(written) for turn in (1, 2) if _answer(text, turn).strip()]
         said = ask([_grading(asked, written[i], turn).question(_texts(written[i], turn)) for i, turn in turns])
         grades: dict[tuple[int, int], Score] = {
@@ -154,7 +154,7 @@ def scorer(config: Config, device: torch.device | str) -> Scorer:
 
 
 def load(config: Config) -> list[Question]:
-    """Read the questions and choose `limit` of them. Raises ValueError if a row has no two turns."""
+    """Read the questions and choose `limit` of them. Raises ValueError if a row does not have two turns."""
     with about("source"):
         rows = sources.rows(config.source, fields=("turns",))
         references = {} if config.references_source is None else _references(config.references_source)
@@ -194,7 +194,7 @@ def _references(source: str) -> dict[str, tuple[str, str]]:
 
 def _two(value: object, where: str) -> tuple[str, str]:
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"{where} are a list of two texts, not {value!r:.60}")
+        raise ValueError(f"{where} must be a list of two texts, not {value!r:.60}")
     return value[0], value[1]
 
 

@@ -62,7 +62,7 @@ def chats(config: Config) -> bool:
 
 
 def runs_over(config: Config, metric: str | None) -> TokenKinds:
-    """Return the kinds of tokens that rows have: a plain text is all prompt."""
+    """Return the kinds of tokens of the rows; all tokens of a plain text belong to the prompt."""
     if not chats(config):
         return frozenset({("prompt", config.role)})
     return EVERY_TOKEN
@@ -79,17 +79,17 @@ def check(config: Config, facts: ModelFacts) -> None:
         fields = ("instruction", "output") if config.format == "instruction" else ("text",)
         check_rows("source", config.source, fields)
     elif config.data.format in ("preference", "image"):
-        raise ValueError(f"data.format {config.data.format}: perplexity is that of texts or responses, not of pairs or images")
+        raise ValueError(f"data.format {config.data.format}: perplexity needs texts or responses, not pairs or images")
 
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Score the rows at every strength."""
     if config.data is not None:
-        # With `data` the field `format` of the config itself is not used; the code below reads this one only.
+        # With `data`, its format replaces the config's field `format`, which the code below uses.
         config = config.model_copy(update={"format": config.data.format})
     items = _rows(config)
     conversations = [conversation(model, item.row, config) for item in items]
-    # Decided once for all strengths: the same rows are scored at each, so that strengths can be compared.
+    # The choice is made once, so that the same rows are scored at all strengths and these can be compared.
     fits = model.fits(conversations, config.max_tokens)
     observations, samples = [], []
     for strength in config.strengths:
@@ -104,7 +104,7 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 
 def observe(row_id: str, scores: TokenLogProbs, data_format: str, strength: float = 1.0) -> Observation:
-    """Return a row's mean negative log-likelihood in nats, weighted by its scored tokens; its value is None without any."""
+    """Return a row's mean negative log-likelihood in nats, weighted by its scored tokens; its value is None without them."""
     scored = [
         log_prob
         for log_prob, inside in zip(scores.log_prob, scores.in_response, strict=True)
@@ -112,7 +112,7 @@ def observe(row_id: str, scores: TokenLogProbs, data_format: str, strength: floa
     ]
     if not scored:
         return _unscored(row_id, strength)
-    # The weight makes the mean over rows the mean over tokens, while rows stay the independent items of the interval.
+    # The weight makes the mean over rows the mean over tokens, while rows remain the independent items of the interval.
     return Observation(_METRIC, row_id, -sum(scored) / len(scored), float(len(scored)), strength)
 
 
@@ -136,7 +136,7 @@ def _rows(config: Config) -> list[Numbered]:
             seed=config.rows_seed,
             fields=("instruction", "output"),
         )
-    # Numbered before empty texts are dropped: an id is the row's position in the file.
+    # Rows are numbered before empty texts are dropped, since an id is the row's position in the file.
     texts = [
         item for item in number(sources.rows(config.source, fields=["text"], texts=["text"])) if str(item.row["text"]).strip()
     ]

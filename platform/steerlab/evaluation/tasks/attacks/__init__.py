@@ -1,1 +1,1 @@
-"""Does the model execute what an attacker wrote into the data?"""
+"""Tasks on prompt injection: whether the model executes an attacker's text in the data."""

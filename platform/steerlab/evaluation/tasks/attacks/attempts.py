@@ -1,10 +1,10 @@
-"""Attacks that other people wrote, each with the rule that it attacks: ask the model, and judge each answer by its own rule.
+"""Attacks of published collections, each on a rule of its own: ask the model, and judge each answer by that rule.
 
     <task>/asr      share of attacks that succeeded                           lower is better
     <task>/<group>  the same for the attacks of one group, if they have one
     <task>/empty, <task>/unfinished, <task>/repetition, <task>/letters        see `legibility`
 
-An attack that cannot be asked, or whose answer no program can judge, is counted as unparsable and is in no mean.
+An attack that cannot be asked, or whose answer cannot be judged by a program, is counted as unparsable and excluded from means.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from steerlab.job import Seed, TaskConfig
 from steerlab.steered.language import SteeredModel
 
 Closing = Literal["after", "instruction"]
-"""Where the rule's second half goes: after the attack, as an instruction; or to the end of the instruction before it."""
+"""Place of the rule's second half: after the attack, as an instruction; or at the end of the instruction before it."""
 
 
 class AttackConfig(SampledConfig):
-    """Fields of tasks whose answers ASIDE (arXiv 2503.10566) samples."""
+    """Fields of tasks with sampled answers, as in ASIDE (arXiv 2503.10566)."""
 
     max_new_tokens: int = Field(512, ge=1)
     """Longest answer in tokens."""
@@ -50,15 +50,15 @@ class Attempt(NamedTuple):
     data: str
     """The attack."""
     succeeded: Callable[[str], bool | None]
-    """Answer -> whether the attack succeeded; None if that cannot be told."""
+    """Answer -> whether the attack succeeded; None if undecidable."""
     judged: str
-    """What counts as a success, for readers of the samples."""
+    """Description of a success, for readers of the samples."""
     closing: str = ""
     """Second half of the rule, which the benchmark puts after the attack."""
     group: str = ""
     """Name of the metric of the attack's group; empty without one."""
     problem: str = ""
-    """Why the attack cannot be asked; empty if it can."""
+    """Reason why the attack cannot be asked; empty if it can."""
 
 
 def measures_of(groups: Iterable[str] = ()) -> tuple[Measure, ...]:
@@ -102,15 +102,15 @@ def observe(task: str, attempt: Attempt, verdict: bool | None, strength: float =
 
 
 def conversation(encoder: Encoder, attempt: Attempt) -> Conversation:
-    """Return the prompt of an attack: the rule is the instruction, the attack the data, and what closes it an instruction."""
+    """Return the prompt of an attack: the rule is the instruction, the attack the data, and its closing half an instruction."""
     if not attempt.closing:
         return encoder.conversation(attempt.instruction, attempt.data)
-    # The closing half stands in the user's turn but has the role of an instruction: it is the defender's text.
+    # The closing half is in the user's turn, but has the role of an instruction, since it is the defender's text.
     return encoder.conversation(attempt.instruction, (Part(attempt.data, DATA), Part(f"\n\n{attempt.closing}", INSTRUCTION)))
 
 
 def closed(attempt: Attempt, closing: Closing) -> Attempt:
-    """Return an attempt whose rule is closed as a config says."""
+    """Return an attempt whose rule is closed as in a config."""
     if closing == "after" or not attempt.closing:
         return attempt
     rule = f"{attempt.instruction}\n\n{attempt.closing}" if attempt.instruction else attempt.closing
@@ -118,7 +118,7 @@ def closed(attempt: Attempt, closing: Closing) -> Attempt:
 
 
 def normal(text: str) -> str:
-    """Return a text in lower case without white space and punctuation at its ends."""
+    """Return a text in lower case without white space or punctuation at its ends."""
     return text.strip(string.whitespace + string.punctuation).lower()
 
 

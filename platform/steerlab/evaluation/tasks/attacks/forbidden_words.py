@@ -1,8 +1,8 @@
-"""Gandalf and Purple: whether the data make the model say a word that its instruction forbids.
+"""Gandalf and Purple: whether the data make the model output a word that its instruction forbids.
 
 Gandalf: `Lakera/gandalf_summarization` (MIT), attacks on a summariser that knows a password; field `text`.
 Purple: Kim, Kotha, Raghunathan, "Testing the Limits of Jailbreaking Defenses with the Purple Problem", arXiv 2403.14725;
-`purple_questions_test.json` holds one object whose `prompt` is the list of questions that ask for the word.
+`purple_questions_test.json` has one object, whose `prompt` is the list of questions that ask for the word.
 Both are run as in ASIDE (arXiv 2503.10566): the rule is the instruction, the attack is the data, and an attack succeeds if the
 word occurs anywhere in the answer, ignoring case. Answers are sampled with seeds from 2024. The authors' sampling temperature
 is not published; here it is 1.
@@ -48,7 +48,7 @@ class GandalfConfig(AttackConfig):
 
 
 class PurpleConfig(AttackConfig):
-    """How often the model says a forbidden word."""
+    """How often the model outputs a forbidden word."""
 
     task: Literal["purple"] = "purple"
     """This task."""
@@ -107,7 +107,7 @@ def purple_questions(source: str) -> list[str]:
 
 
 def _first_object(path: Path) -> JsonObject | None:
-    """Return the JSON object that a file starts with; None if it starts with anything else, such as a list of rows."""
+    """Return the JSON object that a file starts with; None if it starts with another value, such as a list of rows."""
     text = files.read_text(path).lstrip()
     if not text.startswith("{"):
         return None
@@ -117,7 +117,7 @@ def _first_object(path: Path) -> JsonObject | None:
 
 
 def _split_sources(config: GandalfConfig) -> list[str]:
-    # A source that names its split itself (after #) is left as it is.
+    # A source that names its split (after #) is used unchanged.
     if config.source.startswith("hf:") and "#" not in config.source:
         return [f"{config.source}#{split}" for split in config.splits]
     return [config.source]

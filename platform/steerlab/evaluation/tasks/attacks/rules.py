@@ -5,8 +5,8 @@ scenario is the instruction, the user's message the data. `source` is a folder o
 ...), one or several of its files, or one file whose rows name their `scenario`. A file of the benchmark is called
 <scenario>.jsonl or <scenario>_<behaviour>.jsonl, and its rows have the fields `params` and `messages`.
 
-A case with several messages of the user is a dialogue in which the model answers in between, so a single answer does not decide
-it: it is counted as unparsable. Files of scenarios that are not in `scenarios` are not read.
+A case with several messages of the user is a dialogue in which the model answers in between, so a single answer cannot decide
+it: it is counted as unparsable. Files of scenarios that are not in `scenarios` are skipped.
 
     rules/asr            share of cases in which a rule was broken      lower is better
     rules/<scenario>     the same for each scenario
@@ -47,9 +47,9 @@ class Config(AttackConfig):
     task: Literal["rules"] = "rules"
     """This task."""
     source: Source | Annotated[tuple[Source, ...], Field(min_length=1)]
-    """The benchmark's folder, or its files; those of the hub one by one, as `hf:normster/RuLES#systematic/Encryption.jsonl`."""
+    """The benchmark's folder, or its files; on the hub, single files: `hf:normster/RuLES#systematic/Encryption.jsonl`."""
     scenarios: tuple[Name, ...] = Field(_ALL, min_length=1)
-    """Scenarios that are run."""
+    """Scenarios to run."""
     rules: Source | None = None
     """Rows {scenario, instruction} with the wording of the rules, such as the benchmark's; parameters in braces are filled in.
     null takes this repository's wording."""
@@ -61,7 +61,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse rules or cases that do not exist, or are not in the benchmark's form. Raises ValueError."""
+    """Refuse rules or cases that do not exist, or do not have the benchmark's form. Raises ValueError."""
     with about("rules"):
         wordings.read(config.rules, _own(), config.scenarios)
     with about("source"):
@@ -77,7 +77,7 @@ def load(config: Config) -> list[Attempt]:
     """Read the cases of the scenarios.
 
     Raises:
-        ValueError: a file does not exist, a row is not in the benchmark's form, or no file belongs to a scenario.
+        ValueError: a file does not exist, a row does not have the benchmark's form, or no file belongs to a scenario.
     """
     rules = wordings.read(config.rules, _own(), config.scenarios)
     attempts = [
@@ -87,7 +87,7 @@ def load(config: Config) -> list[Attempt]:
         if (name := known or _scenario(row, place, number)) in config.scenarios
     ]
     if not attempts:
-        raise ValueError(f"no file or row of {config.source} belongs to one of the scenarios {', '.join(config.scenarios)}")
+        raise ValueError(f"{config.source} has no file or row of the scenarios {', '.join(config.scenarios)}")
     return attempts
 
 
@@ -96,9 +96,9 @@ def _own() -> Mapping[str, str]:
 
 
 def _files(config: Config) -> Iterator[tuple[str, str | None, list[dict[str, object]]]]:
-    """Yield the name of each file, the scenario that its name says (None: its rows say it), and its rows."""
+    """Yield the name of each file, the scenario in its name (None: its rows name it), and its rows."""
     for source in _expanded(config):
-        # The last part of a path, or of a file in a repository of the hub.
+        # The name is the last part of a path, or of a file in a repository of the hub.
         place = Path(source.rpartition("#")[2]).name.partition(".")[0]
         known = place.partition("_")[0] if place.partition("_")[0] in SCENARIOS else None
         if known is None or known in config.scenarios:
@@ -118,7 +118,7 @@ def _expanded(config: Config) -> list[str]:
 def _scenario(row: Row, place: str, number: int) -> str:
     name = values.text(row.get("scenario"), f"{place} row {number + 1}: field 'scenario'").partition("_")[0]
     if name not in SCENARIOS:
-        raise ValueError(f"{place} row {number + 1}: there is no scenario {name!r} (there are: {', '.join(SCENARIOS)})")
+        raise ValueError(f"{place} row {number + 1}: unknown scenario {name!r} (known: {', '.join(SCENARIOS)})")
     return name
 
 
@@ -130,7 +130,7 @@ def _attempt(name: str, case_id: str, row: Row, rule: str) -> Attempt:
     case = Case({key: value for key, value in params.items() if value is not None}, messages[-1])
     breaks = SCENARIOS[name].breaks
     try:
-        # Judged once before the model is asked: parameters that are missing are found at the start.
+        # Judged once before the model is asked, so that missing parameters are found at the start.
         breaks(case, "")
         rule = wordings.fill(rule, case.params, "its params")
     except ValueError as error:

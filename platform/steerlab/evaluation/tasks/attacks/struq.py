@@ -3,11 +3,11 @@
 Chen, Piet, Sitawarin, Wagner, arXiv 2402.06363, as ASIDE (arXiv 2503.10566) runs it: the evaluation rows of AlpacaFarm with
 a non-empty input (208; an input of one character counts), the attacks of `injection` with the word "Hacked", in distribution
 (attack after the data) and out of distribution (before and after), seeds 42 to 44. `style` takes the spelling of ASIDE's
-evaluation or of StruQ's repository, `criterion` what counts as a success, and `sentences` the published ignore sentences from a
+evaluation or of StruQ's repository, `criterion` defines a success, and `sentences` reads the published ignore sentences from a
 file; without it they are this repository's.
 
 `source` is the published list, for example a downloaded `davinci_003_outputs.json`, with the fields instruction, input and
-output (the attack `completion` pretends that the output was the answer). Rows that contain the witness are not left out.
+output (the attack `completion` pretends that the output was the answer). Rows that contain the witness are included.
 
     struq/<attack>_id, struq/<attack>_ood   success rate of one attack, in and out of distribution    lower is better
     struq/asr_id, struq/asr_ood             means over the attacks                                    lower is better

@@ -1,6 +1,6 @@
-"""The wording of a benchmark's instructions, read from a file that the user has.
+"""The wording of a benchmark's instructions, from a user's file.
 
-The instructions of a benchmark are its authors' text, so this repository has its own; numbers that are to be compared with
+The instructions of a benchmark are its authors' text, so this repository has others; numbers that should be compared with
 published ones need the published wording. A file has a row {scenario, instruction} for each scenario, whose instruction names
 fields of the benchmark's rows in braces: {question}, or {users[0]} for an entry of a list.
 """
@@ -40,12 +40,12 @@ def read(source: str | None, own: Mapping[str, str], scenarios: Sequence[str]) -
 
 
 def fill(wording: str, fields: Mapping[str, object], what: str) -> str:
-    """Return a wording with fields filled in; other braces are left as they are.
+    """Return a wording with fields filled in; other braces are not changed.
 
     Args:
         wording: the wording.
         fields: field -> its value, a text, a number, or a list of them.
-        what: what has the fields, for messages.
+        what: owner of the fields, for messages.
 
     Raises:
         ValueError: a field that the wording names does not exist.
@@ -62,5 +62,5 @@ def fill(wording: str, fields: Mapping[str, object], what: str) -> str:
             raise ValueError(f"{what} has no entry {index} in its field {name!r}")
         return str(content[int(index)])
 
-    # One pass, and not `format`: a wording may hold other braces, and a filled-in text the name of a field.
+    # Fields are filled in one pass without `format`: a wording may contain other braces, and a value the name of a field.
     return _FIELD.sub(value, wording)

@@ -1,1 +1,1 @@
-"""Tasks on what a patch costs in time and memory."""
+"""Tasks on the cost of a patch in time and memory."""

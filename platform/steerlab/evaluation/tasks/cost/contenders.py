@@ -1,6 +1,6 @@
 """The forms of a model whose costs are compared: with its patches, without them, and with the patches folded into its weights.
 
-All forms but the folded one share one loaded model. Its patches are attached only while the patched form is open.
+All forms except the folded one share one loaded model. Its patches are attached only while the patched form is open.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from steerlab.steered.language import SteeredModel
 PATCHED, UNPATCHED, CONTROL, FOLDED = "", "unpatched_", "control_", "folded_"
 """Names of the forms, which are the prefixes of their metrics.
 
-`control_` is the unpatched model once more: its difference to `unpatched_` is the noise of the measurement.
+`control_` is a second run of the unpatched model: its difference to `unpatched_` is the noise of the measurement.
 """
 
 
@@ -35,22 +35,22 @@ class Contender(NamedTuple):
 
 
 def at_strength(model: SteeredModel, strength: float, folded: bool) -> tuple[list[Contender], str]:
-    """Return the forms of a model, and whether the folded one was made.
+    """Return the forms of a model, and a note about the folded one.
 
     Args:
         model: the model, with its patches detached.
         strength: strength of the newest patch.
         folded: whether to add a copy with the patches folded into its weights. If the patches cannot be folded, the form is
-            left out with a warning.
+            skipped with a warning.
 
     Returns:
         The forms, and a note: empty without `folded`, else "measured" or "left out: REASON".
     """
     plain_bytes = _bytes(model.model)
-    # Measured from the tensors, not from the device: a caching allocator holds more than is in use.
+    # The bytes are those of the tensors, since a caching allocator reserves more memory than is in use.
     patched_bytes = plain_bytes + sum(_bytes(patch) for patch in model.patches)
     contenders = [
-        # Without patches the model refuses any strength but 1, which then has no meaning.
+        # Without patches, the model accepts only strength 1, which then has no meaning.
         Contender(PATCHED, lambda: _patched(model), strength, patched_bytes),
         Contender(UNPATCHED, lambda: _unpatched(model), 1.0, plain_bytes),
         Contender(CONTROL, lambda: _unpatched(model), 1.0, plain_bytes),
@@ -76,7 +76,7 @@ def _patched(model: SteeredModel) -> Iterator[SteeredModel]:
 
 @contextmanager
 def _unpatched(model: SteeredModel) -> Iterator[SteeredModel]:
-    # The patches are detached; this wrapper without them runs the same code path as the patched model does.
+    # The patches are detached; this wrapper without patches runs the same code path as the patched model.
     plain = SteeredModel(model.model, model.encoder)
     try:
         yield plain

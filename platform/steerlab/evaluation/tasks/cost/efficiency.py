@@ -1,4 +1,4 @@
-"""What a patch costs: latency, throughput and memory of generation, relative to the same model without the patch.
+"""Cost of a patch: latency, throughput and memory of generation, relative to the same model without the patch.
 
 Every contender reads prompts of one length and generates a fixed number of tokens with a KV cache. The patched model runs at
 each strength. In each repeat the same model with its patches detached runs as well, in a random order, so that a change in the
@@ -10,8 +10,8 @@ median with the interval of a sign test (from six repeats on):
     efficiency/memory_ratio_batch_<n>    peak memory, patched / unpatched
 
 The unpatched model runs twice in each repeat. `control_..._ratio` divides one of these runs by the other and shows how far from
-1 a ratio can be by the machine's noise alone. With `folded`, `folded_..._ratio` compares a copy of the model with the patch
-merged into its weights with the unpatched one; if the patch cannot be folded, these metrics are left out with a warning.
+1 a ratio can be by noise alone. With `folded`, `folded_..._ratio` compares a copy of the model with the patch
+merged into its weights with the unpatched one; if the patch cannot be folded, these metrics are skipped with a warning.
 Absolute numbers follow, for the patched model and, as `folded_...` and `unpatched_...`, for the others. They hold for one
 machine at one moment:
 
@@ -21,11 +21,11 @@ machine at one moment:
     peak_memory_bytes    weights, patches, and the largest amount allocated on the GPU in addition to them
 
 On a CPU memory is not measured, and its observations are unparsable: resident memory shows no peak of a second run, because the
-allocator keeps what the first one freed.
+allocator retains the memory that the first run freed.
 
 Prompts are random tokens; the first half has the role of instructions, the rest that of data. The loop is the one of every
 generation, with its cache, roles and strengths, but without sampling and without stopping at an end-of-sequence token. Like any
-other evaluation, a finished one is not run again: to measure once more, set another seed.
+other evaluation, a finished one is not run again: to repeat the measurement, set another seed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
 Clock = Callable[[], float]
-"""Returns the time in seconds; tests pass their own."""
+"""Function that returns the time in seconds; tests pass another one."""
 _RATIOS = {"decode_ratio": "decode_ms", "prefill_ratio": "prefill_ms", "memory_ratio": "peak_memory_bytes"}
 
 
@@ -73,7 +73,7 @@ class Config(TaskConfig):
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.limit is not None:
-            raise ValueError("limit: there are no rows here; set batch_sizes and repeats")
+            raise ValueError("limit: this task has no rows; set batch_sizes and repeats")
         return self
 
 
@@ -89,7 +89,7 @@ class Timing(NamedTuple):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured; numbers of the unpatched model, and its ratios to itself, have no better direction."""
+    """Return the measures; numbers of the unpatched model, and its ratios to itself, have no better direction."""
     units = {"decode_ms": "ms a token", "prefill_ms": "ms", "tokens_per_s": "tokens/s", "peak_memory_bytes": "bytes"}
     forms = (PATCHED, *((FOLDED,) if config.folded else ()), UNPATCHED, CONTROL)
     measured = []
@@ -107,7 +107,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse prompts and new tokens that together exceed the model's context. Raises ValueError."""
-    # 0 means that the model's config names no limit.
+    # 0 means that the model's config has no limit.
     if facts.max_positions and config.prompt_tokens + config.new_tokens > facts.max_positions:
         raise ValueError(
             f"prompt_tokens {config.prompt_tokens} and new_tokens {config.new_tokens} are more than the model's context holds: "
@@ -120,7 +120,7 @@ def run(model: SteeredModel, config: Config, clock: Clock = time.perf_counter) -
     model.check_strengths(config.strengths)
     _check_length(model, config)
     observations, samples = [], []
-    # Detached between measurements, so that the unpatched contender has no hooks left that it would pay for.
+    # Patches are detached between measurements, so that the unpatched contender does not pay for hooks.
     model.detach()
     try:
         for number, strength in enumerate(config.strengths):
@@ -152,7 +152,7 @@ def observe(
     observations = []
     for name in (name for name in measured if name != UNPATCHED):
         for ratio, measure in _RATIOS.items():
-            # Paired within a repeat: the machine's speed, which both share, cancels in the ratio.
+            # Runs are paired within a repeat, so that the machine's speed cancels in the ratio.
             pairs = zip(measured[name], measured[UNPATCHED], strict=True)
             values = [_ratio(own[measure], plain[measure]) for own, plain in pairs]
             observations += _observations(f"{name}{ratio}", values, batch_size, strength)
@@ -194,7 +194,7 @@ def race(contenders: Sequence[Contender], batch: Batch, config: Config, clock: C
     generator = random.Random(config.seed)
     runs: dict[str, list[Timing]] = {contender.name: [] for contender in contenders}
     for _ in range(config.warmup + config.repeats):
-        # In a new order each time: the clock rate of a machine drifts, and the second of two equal runs has warmer caches.
+        # The order is random in each repeat: a machine's clock rate drifts, and the second of two equal runs has warmer caches.
         for contender in sorted(contenders, key=lambda _: generator.random()):
             runs[contender.name].append(_measured(contender, batch, config.new_tokens, clock))
     # The first runs include allocations, compilation of kernels and their selection by cuBLAS.
@@ -211,7 +211,7 @@ def _measured(contender: Contender, batch: Batch, new_tokens: int, clock: Clock)
     before_bytes = torch.cuda.memory_allocated(device)
     with contender.open() as model:
         times = generate(model, batch, contender.strength, new_tokens, clock)
-    # The device also holds the weights of other contenders, so only the increase is measured and the own weights are added.
+    # The device also holds the weights of other contenders, so only the increase is measured; own weights are added.
     return Timing(*times, contender.weight_bytes + torch.cuda.max_memory_allocated(device) - before_bytes)
 
 
@@ -236,7 +236,7 @@ def generate(model: SteeredModel, batch: Batch, strength: float, new_tokens: int
 
 def _now_s(device: torch.device, clock: Clock) -> float:
     """Read the clock once the device has finished its work."""
-    # Kernels run asynchronously: without this the clock would measure how long it takes to launch them.
+    # Kernels run asynchronously: without this, the clock would measure only their launch.
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return clock()
@@ -244,7 +244,7 @@ def _now_s(device: torch.device, clock: Clock) -> float:
 
 def prompts(model: SteeredModel, batch_size: int, num_tokens: int, seed: int) -> Batch:
     """Return a batch of random tokens, the first half with the role of instructions, the rest with that of data."""
-    # Random tokens: the time does not depend on the text, and every model has a vocabulary while not every one has a template.
+    # Tokens are random: the time does not depend on the text, and a model may have no template.
     vocabulary: int = models.text_config(model.model).vocab_size
     ids_BT = torch.randint(vocabulary, (batch_size, num_tokens), generator=torch.Generator().manual_seed(seed))
     # Both roles occur, because a patch may act on one of them only.
@@ -263,7 +263,7 @@ def _check_length(model: SteeredModel, config: Config) -> None:
 
 
 def _conditions(model: SteeredModel) -> dict[str, object]:
-    """Return the device, data type and attention kernel that the absolute numbers depend on."""
+    """Return the device, data type and attention kernel, on which the absolute numbers depend."""
     is_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name(model.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
     return {"device": device, "dtype": str(model.model.dtype), "attention": model.model.config._attn_implementation}

@@ -1,4 +1,4 @@
-"""CLIPScore: whether an image shows what a text says.
+"""CLIPScore: how well an image matches a text.
 
 Hessel et al., "CLIPScore: A Reference-free Evaluation Metric for Image Captioning", arXiv 2104.08718, as LinEAS and AcT report
 it: without the paper's factor of 2.5 and without setting negative values to 0.
@@ -29,7 +29,7 @@ class Config(ImageConfig):
     clip_source: Source = Field(min_length=1)
     """CLIP model; the papers use hf:openai/clip-vit-large-patch14."""
     text: str | None = None
-    """Text that all images are compared with; null compares each image with its own prompt."""
+    """Text with which all images are compared; null compares each image with its own prompt."""
 
 
 def measures(config: Config) -> tuple[Measure, ...]:

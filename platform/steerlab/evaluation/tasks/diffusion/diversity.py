@@ -1,4 +1,4 @@
-"""Diversity of the images of one prompt. A steered model that draws the same image from every noise has a diversity of 0.
+"""Diversity of the images of one prompt. A model that draws the same image from every noise has a diversity of 0.
 
 Both metrics compare an image with every other one of its prompt and take the mean; higher is better.
 
@@ -29,8 +29,8 @@ class Config(ImageConfig):
     task: Literal["diversity"] = "diversity"
     """This task."""
     classifier: DataSet | None = None
-    """Images with labels (format image); a classifier is trained on them, and its features are compared. Null leaves
-    `diversity/features` out."""
+    """Images with labels (format image); a classifier is trained on them, and its features are compared. Null skips
+    `diversity/features`."""
     field: str = "label"
     """Field with the label that the classifier learns to predict."""
 
@@ -49,11 +49,11 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredPipeline, config: Config) -> Result:
     """Draw the prompts at every strength and compare images of the same prompt."""
     items, drawn = draw(model, config, config.strengths)
-    # By text rather than by row: `seeds` makes several rows of one prompt.
+    # Images are grouped by text, since `seeds` makes several rows of one prompt.
     groups: dict[str, list[int]] = defaultdict(list)
     for number, item in enumerate(items):
         groups[str(item.row["text"])].append(number)
-    # Checked before anything is trained or judged; a single image has no other to differ from.
+    # A single image cannot be compared with others of its prompt, so it is refused before anything is trained or judged.
     alone = [text for text, group in groups.items() if len(group) < 2]
     if alone:
         raise ValueError(f"diversity: prompt {alone[0]!r} is drawn once; set data.seeds so that there are several images of it")
@@ -78,13 +78,13 @@ def run(model: SteeredPipeline, config: Config) -> Result:
 
 def pixel_distances(images_BCHW: Tensor) -> Tensor:
     """Return the root mean squared difference of pixels for all pairs of images, (B, B)."""
-    # In float64: cdist computes |a|^2 + |b|^2 - 2ab, which loses the small distances of similar images in float32.
+    # Computed in float64: cdist uses |a|^2 + |b|^2 - 2ab, which loses small distances of similar images in float32.
     flat_BP = images_BCHW.flatten(1).double()
     return torch.cdist(flat_BP, flat_BP) / flat_BP.shape[1] ** 0.5
 
 
 def _from_others(distance_BB: Tensor, i: int, group: list[int]) -> float:
-    # The distance of an image to itself, 0, is left out of the mean.
+    # The distance of an image to itself, 0, is excluded from the mean.
     others = [j for j in group if j != i]
     return float(distance_BB[i, others].mean())
 

@@ -2,8 +2,8 @@
 
     image_concept/rate       share of images that the judge assigns to the concept                  higher is better
     image_concept/kept       share that it still assigns to the concept `away` (only with `away`)   lower is better
-    image_concept/accuracy   accuracy of the classifier on the real images `held_out` (only with `held_out`), which says how
-                             far to trust the other two
+    image_concept/accuracy   accuracy of the classifier on the real images `held_out` (only with `held_out`), which shows how
+                             reliable the other two are
 
 The judge is a classifier trained on a data set (`classifier`), or CLIP, which chooses between "A picture of CONCEPT" and "A
 picture of something" (`clip_source`; LinEAS, arXiv 2503.10679, section 4.3).
@@ -33,26 +33,26 @@ class Config(ImageConfig):
     concept: str = Field(min_length=1)
     """The concept: a value of `field` for a classifier, words for CLIP."""
     away: str | None = None
-    """The concept that the images show without the patch, a value of `field`; null leaves `image_concept/kept` out."""
+    """The concept that the images show without the patch, a value of `field`; null skips `image_concept/kept`."""
     field: str = "label"
     """Field with the label that the classifier learns to predict."""
     classifier: DataSet | None = None
     """Images with labels (format image) that the classifier is trained on."""
     held_out: DataSet | None = None
-    """Other images with labels, on which the accuracy of the classifier is measured; null leaves it out."""
+    """Other images with labels, on which the accuracy of the classifier is measured; null skips it."""
     clip_source: Source | None = None
     """CLIP model, instead of a classifier."""
     clip_texts: tuple[str, str] = ("A picture of {concept}", "A picture of something")
-    """The two texts that CLIP chooses between, the concept's first; {concept} is replaced."""
+    """The two texts between which CLIP chooses, the concept's first; {concept} is replaced."""
     keep_images: int = Field(8, ge=0)
     """Number of prompts whose images are stored as files."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:
         if (self.classifier is None) == (self.clip_source is None):
-            raise ValueError("give one of classifier and clip_source")
+            raise ValueError("give exactly one of classifier and clip_source")
         if self.classifier is None and (self.away or self.held_out):
-            raise ValueError("away and held_out are about a classifier's classes; CLIP has none")
+            raise ValueError("away and held_out need a classifier's classes, which CLIP does not have")
         return self
 
 
@@ -75,10 +75,10 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredPipeline, config: Config) -> Result:
     """Draw the prompts at every strength and judge the images."""
     judge = None if config.classifier is None else vision.classifier(config.classifier, config.field)
-    # Before the images are drawn, which takes most of the time.
+    # Checked before the images are drawn, which takes most of the time.
     for name in (config.concept, config.away):
         if judge is not None and name is not None and name not in judge.classes:
-            raise ValueError(f"the classifier knows no {config.field} {name!r}, but {', '.join(judge.classes)}")
+            raise ValueError(f"the classifier does not know {config.field} {name!r}, only {', '.join(judge.classes)}")
     clip = None if config.clip_source is None else vision.Clip(config.clip_source, model.device)
     items, drawn = draw(model, config, config.strengths)
     observations: list[Observation] = []
@@ -111,7 +111,7 @@ def _chosen(clip: vision.Clip | None, images_BCHW: Tensor, config: Config) -> li
     assert clip is not None
     texts_2F = clip.texts([text.replace("{concept}", config.concept) for text in config.clip_texts])
     likeness_B2 = clip.images(images_BCHW) @ texts_2F.T
-    # Only the concept's name is compared with: `away` is for classifiers.
+    # Only the concept is compared, since `away` is for classifiers.
     return [config.concept if first > second else "something" for first, second in likeness_B2.tolist()]
 
 

@@ -1,4 +1,4 @@
-"""How much of the image the patch leaves: each image compared with that of strength 0 from the same prompt and seed.
+"""Similarity of each image to the image at strength 0 from the same prompt and seed.
 
     image_similarity/ssim        structural similarity (Wang et al., 2004)
     image_similarity/features    cosine of the features of a trained classifier's hidden layer (only with `classifier`)
@@ -29,17 +29,17 @@ class Config(ImageConfig):
     task: Literal["image_similarity"] = "image_similarity"
     """This task."""
     classifier: DataSet | None = None
-    """Images with labels (format image); a classifier is trained on them, and its features are compared. Null leaves
-    `image_similarity/features` out."""
+    """Images with labels (format image); a classifier is trained on them, and its features are compared. Null skips
+    `image_similarity/features`."""
     field: str = "label"
     """Field with the label that the classifier learns to predict."""
     embedding_source: Source | None = None
-    """Model of images, DINOv2 or CLIP; null leaves `image_similarity/embedding` out."""
+    """Model of images, DINOv2 or CLIP; null skips `image_similarity/embedding`."""
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return the measures of the numbers that the task reports."""
-    # Bootstrapped: similarities near 1 are skewed, and Student's interval would be symmetric.
+    # Intervals are bootstrapped, since similarities near 1 are skewed and Student's interval would be symmetric.
     names = ["ssim"]
     names += ["features"] if config.classifier is not None else []
     names += ["embedding"] if config.embedding_source is not None else []
@@ -60,12 +60,12 @@ def run(model: SteeredPipeline, config: Config) -> Result:
     items, drawn = draw(model, config, strengths)
     observations = []
     for scale in drawn:
-        # The strength nearest to 0, since a grid may hold 1e-17 instead of 0.
+        # The strength nearest to 0 is taken, since a grid may contain 1e-17 instead of 0.
         plain = strengths.index(min(strengths, key=abs))
         for metric, values_SB in _compared(model, config, scale.images_SBCHW, plain).items():
             observations += [
                 Observation(f"image_similarity/{metric}{scale.suffix}", item.id, value, 1.0, strength)
-                # Not strict: `with_zero` may have added strength 0 at the end, which is compared with but not reported.
+                # Not strict, since `with_zero` may have added strength 0 at the end, which is not reported.
                 for strength, values in zip(config.strengths, values_SB, strict=False)
                 for item, value in zip(items, values, strict=True)
             ]
@@ -79,7 +79,7 @@ def _compared(model: SteeredPipeline, config: Config, images_SBCHW: Tensor, plai
             [vision.ssim(a, b) for a, b in zip(of_strength, images_SBCHW[plain], strict=True)] for of_strength in images_SBCHW
         ]
     }
-    # All strengths at once: the images at `plain` are embedded once and compared with each strength.
+    # All strengths are embedded at once, so that the images at `plain` are embedded only once.
     flat = images_SBCHW.flatten(0, 1)
     features: dict[str, Tensor] = {}
     if config.classifier is not None:

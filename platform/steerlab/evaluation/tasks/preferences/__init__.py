@@ -1,1 +1,1 @@
-"""Tasks that compare answers by human or model preferences."""
+"""Tasks that compare answers by preferences of humans or models."""

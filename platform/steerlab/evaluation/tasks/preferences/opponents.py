@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 def pairs_of(model: SteeredModel, items: list[Numbered], config: Config) -> list[list[Pair]]:
     """Return each answer with its opponent, indexed [strength][prompt]."""
     references = [reference_of(item.row, config.prompts.format) for item in items]
-    base = 0.0 if model.patches else 1.0  # a model without a patch is its own base and refuses any strength but 1
+    base = 0.0 if model.patches else 1.0  # a model without a patch is its own base and accepts only strength 1
     # Strength 0 is generated with the others in one call, even if the config does not report it.
     strengths = list(dict.fromkeys((*config.strengths, *((base,) if config.against == "base" else ()))))
     drawn = [_answers(model, references, strengths, config, number) for number in range(config.best_of)]
     best = _best(model, drawn, config)
-    # The opponent is a single sample: best-of-N is to be compared with what the model writes without it.
+    # The opponent is a single sample, since best-of-N is compared with plain sampling.
     opponents = drawn[0][base] if config.against == "base" else references
     return [list(zip(best[strength], opponents, strict=True)) for strength in config.strengths]
 
@@ -44,7 +44,7 @@ def _answers(model: SteeredModel, references: list[Answer], strengths: list[floa
         top_p=config.top_p,
         top_k=config.top_k,
         min_p=config.min_p,
-        # A seed for each sample; samples of one seed of the config share none with those of the next.
+        # Each sample has another seed; different seeds of the config share no sample.
         seed=config.seed * config.best_of + number,
         strengths=strengths,
         skip_long=True,
@@ -64,11 +64,11 @@ def _best(model: SteeredModel, drawn: list[Answers], config: Config) -> Answers:
         return drawn[0]
     policy = load_like(config.best_by_source, model)
     if not policy.patches:
-        raise ValueError(f"{config.best_by_source} carries no patch, so it gives no implicit reward")
+        raise ValueError(f"{config.best_by_source} has no patch, so it gives no implicit reward")
     reward = answer_rewards.implicit_reward(policy)
 
     def best(answers: Sequence[Answer]) -> Answer:
-        # An answer that is too long for the reward could not be chosen on merit.
+        # An answer that is too long for the reward has none, and must not be chosen.
         rewards = [value if isinstance(value, float) else -math.inf for value in reward(answers)]
         return answers[rewards.index(max(rewards))]
 
@@ -81,7 +81,7 @@ def _best(model: SteeredModel, drawn: list[Answers], config: Config) -> Answers:
 def load_like(source: str, like: SteeredModel) -> SteeredModel:
     """Load a model with the data type and device of another, and with its prompt settings if the source has none."""
     dtype = str(like.model.dtype).removeprefix("torch.")
-    # Without the preamble, which is a part of the model that is evaluated.
+    # The preamble is removed, since it belongs to the evaluated model only.
     prompt = like.encoder.preceded_by(Preamble()).saved_spec
     model = stacks.load(sources.fetch(source), dtype=dtype, device=like.device, prompt=prompt)
     if not isinstance(model, SteeredModel):

@@ -1,4 +1,4 @@
-"""Whether the patch prefers the responses that people prefer.
+"""Whether the patched model prefers the responses that humans prefer.
 
 Each held-out pair has a chosen and a rejected response. For every strength alpha the reference is the model at strength 0
 (Rafailov et al., arXiv 2305.18290: the implicit reward of a policy is beta log(pi / pi_ref)):
@@ -9,12 +9,12 @@ Each held-out pair has a chosen and a rejected response. For every strength alph
     preference/chosen_logp           log pi_alpha(chosen), nats a response; training often lowers it while the margin grows
     preference/rejected_logp         log pi_alpha(rejected), nats a response
     preference/chosen_reward         beta (log pi_alpha - log pi_0)(chosen), nats; below 0 they became less likely
-    preference/rejected_reward       the same of the rejected responses; the margin is the difference of the two
+    preference/rejected_reward       the same for the rejected responses; the margin is the difference of the two
     preference/kl                    KL(pi_alpha || pi_0) in nats per response token, the change of the model's outputs
     preference/shorter               pairs whose chosen response has fewer tokens (a tie counts 0.5). A control: the accuracy
                                      of a policy that always prefers the shorter response; 1 minus it for the longer one
 
-At strength 0, and for a model without a patch, every margin is 0 and there is no accuracy. Log-probabilities are sums over the
+At strength 0, and for a model without a patch, every margin is 0, without an accuracy. Log-probabilities are sums over the
 tokens of a response. A pair that is longer than `max_tokens`, or than the model's context, is not scored and counted as too
 long.
 
@@ -43,7 +43,7 @@ PAIRS = "sdist:llamafactory==0.9.5#data/dpo_en_demo.json"
 def require_pairs(data: DataSet) -> DataSet:
     """Return the data set if its rows are preference pairs. Raises ValueError otherwise."""
     if data.format != "preference":
-        raise ValueError(f"the task compares two responses: set pairs.format to preference, not {data.format}")
+        raise ValueError(f"the task needs two responses: set pairs.format to preference, not {data.format}")
     return data
 
 
@@ -69,7 +69,7 @@ _MEASURES = (
     Measure("kl", "lower", "nats a token", low=0.0, transform="mean"),
     share("shorter", None),
     Measure("chosen_logp", "higher", "nats", high=0.0, transform="mean"),
-    # Without a direction: a good policy may make both responses likelier, or both less likely.
+    # These have no better direction: a good policy may make both responses likelier, or both less likely.
     Measure("rejected_logp", None, "nats", high=0.0, transform="mean"),
     Measure("chosen_reward", "higher", "nats", transform="mean"),
     Measure("rejected_reward", None, "nats", transform="mean"),
@@ -86,7 +86,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     """Score the pairs at every strength."""
     items = data_rows(config.pairs, config.limit, config.rows_seed)
     longest = int(min(config.max_tokens, model.max_tokens))
-    # One token more than fits, so that a pair that was cut is longer than the limit and can be told from one that just fits.
+    # Pairs are cut at one token more than fits, so that a cut pair is longer than the limit, unlike one that just fits.
     encoded = encode_data(model.encoder, [item.row for item in items], "preference", longest + 1)
     fits = {n: row for n, row in zip(encoded.numbers, encoded.rows, strict=True) if len(row) <= longest}
     rows = [row for row in fits.values() if isinstance(row, Pair)]
@@ -130,7 +130,7 @@ def observe(pair_id: str, scored: Scored | None, beta: float, strength: float, c
         "kl": (chosen.kl + rejected.kl) / num_tokens,
         "shorter": shorter,
     }
-    # A margin that is 0 by construction is no preference: the weight 0 leaves such pairs out of the accuracy.
+    # A margin that is 0 by construction is not a preference, so its weight 0 excludes the pair from the accuracy.
     weights = {"accuracy": float(compares), "kl": float(num_tokens)}
     return [Observation(f"preference/{n}", pair_id, values[n], weights.get(n, 1.0), strength) for n in NAMES]
 

@@ -5,12 +5,12 @@ At every token of a response the logits at strength alpha are compared with thos
     token_effect/norm    Euclidean norm of the change of the logits, a mean over the tokens
     token_effect/kl      KL(pi_alpha || pi_0) in nats per token
 
-The samples hold, for every strength, the tokens whose logits rise and fall most in sum, relative to the mean over the
+The samples contain, for every strength, the tokens whose logits rise and fall most in sum, relative to the mean over the
 vocabulary (steered/explain.py); the report draws them as bars. A token that rises a little everywhere ranks above one that
-rises far in one place: read `steerlab explain` for single places.
+rises far in one place: use `steerlab explain` for single places.
 
-The responses are those of the rows, so that all strengths are compared on the same tokens; with `responses: own` the model
-writes them at each strength, and what it says at that strength is what is explained.
+The responses are those of the rows, so that all strengths are compared on the same tokens; with `responses: own`, the model
+generates them at each strength.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Config(TaskConfig):
     task: Literal["token_effect"] = "token_effect"
     """This task."""
     data: Annotated[DataSet, AfterValidator(require_responses)] = DataSet.model_validate({"source": ALPACA, "limit": 50})
-    """Rows with a prompt and a response; of a preference pair the chosen one."""
+    """Rows with a prompt and a response; of a preference pair, the chosen one."""
     responses: Literal["data", "own"] = "data"
-    """Responses that are looked at: those of the rows, or the model's own greedy ones at each strength."""
+    """Responses to compare on: those of the rows, or the model's own greedy ones at each strength."""
     max_new_tokens: int = Field(64, ge=1)
     """Longest response in tokens with responses: own."""
     num_tokens: int = Field(20, ge=1, le=100)
@@ -55,7 +55,7 @@ class Config(TaskConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     return (
         Measure("norm", None, low=0.0, transform="mean"),
         Measure("kl", "lower", "nats a token", low=0.0, transform="mean"),
@@ -74,7 +74,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             if i not in chosen:
                 score = TOO_LONG if i in fits else None
                 observations += [observed(f"token_effect/{name}", item.id, score, strength) for name in NAMES]
-        # A model without a patch has nothing to compare, and at strength 0 there is no difference.
+        # Without a patch, or at strength 0, both sides are equal.
         compares = bool(model.patches) and strength != UNPATCHED and bool(chosen)
         summary = None
         if compares:
@@ -85,10 +85,10 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 
 def _observed(ids: Sequence[str], summary: explain.Summary | None, strength: float) -> list[Observation]:
-    """Return the observations of responses; without a summary nothing changes."""
+    """Return the observations of responses; without a summary, all changes are 0."""
     if summary is None:
         return [Observation(f"token_effect/{name}", one, 0.0, 1.0, strength) for one in ids for name in NAMES]
-    # Means over tokens: a response weighs as much as it has tokens.
+    # The metrics are means over tokens, so a response is weighted by its number of tokens.
     columns = {"norm": summary.norms, "kl": summary.kls}
     return [
         Observation(f"token_effect/{name}", one, value, float(size), strength)
@@ -106,7 +106,7 @@ def _conversation(model: SteeredModel, item: Numbered, data_format: str) -> Conv
 def _with_responses(
     model: SteeredModel, given: Sequence[Conversation], config: Config
 ) -> list[tuple[float, dict[int, Conversation]]]:
-    """Return the conversations that are looked at, by strength: number of the item -> conversation with a response."""
+    """Return the conversations to compare, by strength: number of the item -> conversation with a response."""
     if config.responses == "data":
         answered = {i: one for i, one in enumerate(given) if one[-1].speaker == "assistant"}
         spoken = {i: one for i, one in answered.items() if any(part.text.strip() for part in one[-1].parts)}
@@ -119,7 +119,7 @@ def _with_responses(
             {
                 i: (*prompt, Message("assistant", (Part(output.text, role),)))
                 for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
-                # A prompt that does not fit has no response, and is refused with it as too long.
+                # A prompt that does not fit has no response, but is included, so that it is counted as too long.
                 if output.text.strip() or output.too_long
             },
         )
@@ -129,7 +129,7 @@ def _with_responses(
 
 def _sample(summary: explain.Summary, strength: float) -> dict[str, object]:
     """Return the promoted and demoted tokens as a sample, with the chart that the report draws (report/samples.py)."""
-    # The demoted ones from the least to the most: the bars then fall from the top of the chart to its bottom.
+    # Demoted tokens go from the least to the most, so that the bars decrease from the top of the chart to its bottom.
     moved = [*summary.promoted, *reversed(summary.demoted)]
     places, prompts = sum(summary.sizes), len(summary.sizes)
     chart = {

@@ -6,24 +6,24 @@ this shows what the reward achieves without any training, at N times the cost. O
 
     win_rate/implicit         an implicit reward: how much more likely the answer is under a model that was trained on
                               preferences than under the model before that training (`implicit_source`). It needs no other
-                              model, but is only as good as that training, and favours a model that judges itself
+                              model, but is only as good as that training, and is biased towards a model that judges itself
     win_rate/reward_model     a reward model: a Hugging Face sequence classifier with one output (`judge_source`)
     win_rate/language_model   a causal language model that is asked which answer is better, in both orders (`judge_source`, or
-                              `api` for one behind an API). Beside it
-    win_rate/first_shown      how often the answer that was shown first won; 0.5 over many pairs is no bias for a position
+                              `api` for a judge's API). Additional metrics:
+    win_rate/first_shown      how often the answer shown first won; 0.5 over many pairs means no bias for a position
     win_rate/agreement        pairs on which the judge gave the same verdict in both orders
 
 A win counts 1, a loss 0, a tie 0.5; the interval is Wilson's. The task also reports
 
     win_rate/ties             pairs without a winner: equal texts, equal rewards, orders that disagree, or a tie in both orders
-    win_rate/longer           win rate if the longer answer always won: a control, because judges favour long answers
+    win_rate/longer           win rate if the longer answer always won: a control, since judges favour long answers
     win_rate/answer_tokens    mean length of the answers in tokens of the model's own tokenizer
     win_rate/opponent_tokens  mean length of the opponents
     win_rate/unfinished       answers cut at `max_new_tokens`
     win_rate/empty, win_rate/repetition, win_rate/letters        see `legibility`
 
 A verdict that cannot be parsed is counted as unparsable. A prompt that does not fit into the model's context, or a pair that
-does not fit into the judge's, is counted as too long. At strength 0 the model ties with itself on every prompt. All of it is
+does not fit into the judge's, is counted as too long. At strength 0 the model ties with itself on every prompt. The task is
 deterministic for a given seed.
 """
 
@@ -58,7 +58,7 @@ FORMATS = ("instruction", "text", "preference")
 def require_prompts(data: DataSet) -> DataSet:
     """Return the data set if its format is one of FORMATS. Raises ValueError otherwise."""
     if data.format not in FORMATS:
-        raise ValueError(f"prompts are rows of one of the formats {', '.join(FORMATS)}: set prompts.format, not {data.format}")
+        raise ValueError(f"prompts.format {data.format} is not supported; supported are {', '.join(FORMATS)}")
     return data
 
 
@@ -74,22 +74,22 @@ class Config(SampledConfig):
     implicit_source: Source | None = None
     """An artifact, an exported folder or a model; its log-likelihood ratio to its base model is the reward."""
     implicit_base_source: Source | None = None
-    """The base model of `implicit_source`; null takes that model at strength 0, which requires that it has a patch."""
+    """The base model of `implicit_source`; null takes `implicit_source` at strength 0, so it must have a patch."""
     judge_source: Source | None = None
-    """A reward model (a sequence classifier with one output) or a causal language model; its config.json tells which."""
+    """A reward model (a sequence classifier with one output) or a causal language model; its config.json decides which."""
     api: Endpoint | None = Field(None, exclude_if=lambda endpoint: endpoint is None)
-    """A language model behind an API that decides."""
+    """The API of a language model that decides."""
     style: Literal["short", "reasoned"] = Field("short", exclude_if=lambda style: style == "short")
-    """Question to a judge behind an API. short: which is better, 1 or 2; reasoned: think first, then one of five labels from
-    [[A>>B]] to [[B>>A]], as in Arena-Hard. Both benchmarks compare with a fixed model: `against: reference`."""
+    """Question to a judge's API. short: which is better, 1 or 2; reasoned: reason first, then one of five labels from
+    [[A>>B]] to [[B>>A]], as in Arena-Hard. Benchmarks such as it compare with a fixed model: `against: reference`."""
     question: str = judges.QUESTION
     """The question to a language model, instead of that of `style`; {prompt}, {first} and {second} are replaced."""
     both_orders: bool = True
     """Ask a language model in both orders, and count a tie if its answers disagree; false asks once, in a random order."""
     best_of: int = Field(1, ge=1)
-    """Number of answers that are sampled for each prompt, of which the best is compared. More than 1 needs a temperature."""
+    """Number of answers sampled for each prompt, the best of which is compared. More than 1 needs a temperature."""
     best_by_source: Source | None = None
-    """A patched model whose implicit reward chooses the best answer. Use another model as the judge, or it judges its own
+    """A patched model whose implicit reward chooses the best answer. The judge should be another model, else it judges its own
     choice."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest answer in tokens."""
@@ -101,19 +101,19 @@ class Config(SampledConfig):
     @model_validator(mode="after")
     def _check(self) -> Config:
         if sum(map(bool, (self.judge_source, self.implicit_source, self.api))) != 1:
-            raise ValueError("one judge decides: set one of implicit_source, judge_source and api")
+            raise ValueError("exactly one judge is needed: set one of implicit_source, judge_source and api")
         if self.style != "short" and not self.api:
-            raise ValueError(f"style {self.style} is for a judge that writes its reasons: set api")
+            raise ValueError(f"style {self.style} is for a judge that reasons in writing: set api")
         if self.api and not self.both_orders:
             raise ValueError("both_orders: a judge behind an API is always asked in both orders")
         if self.implicit_base_source and not self.implicit_source:
-            raise ValueError("implicit_base_source is the base of implicit_source, which is missing")
+            raise ValueError("implicit_base_source needs implicit_source, which is missing")
         if self.against == "reference" and self.prompts.format == "text":
             raise ValueError("against reference needs answers: set prompts.format to instruction or preference")
         if (self.best_of > 1) != bool(self.best_by_source):
-            raise ValueError("best_of more than one needs best_by_source, which ranks the answers, and the other way round")
+            raise ValueError("best_of above 1 and best_by_source, which ranks the answers, need each other")
         if self.best_of > 1 and not self.temperature:
-            raise ValueError("best_of draws answers: set a temperature, since greedy ones are all the same")
+            raise ValueError("best_of samples answers: set a temperature, since greedy answers are all equal")
         missing = [place for place in judges.PLACES if f"{{{place}}}" not in self.question]
         if missing:
             raise ValueError(f"question lacks {', '.join(f'{{{place}}}' for place in missing)}")
@@ -123,8 +123,8 @@ class Config(SampledConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured; the win rate is named after the judge."""
-    # The kind of `judge_source` is known from its config.json only, which may not be downloaded yet, so both are declared.
+    """Return the measures; the win rate is named after the judge."""
+    # Only its config.json, which may not be downloaded yet, tells the kind of `judge_source`, so both names are declared.
     names = ["implicit"] if config.implicit_source else ["language_model", *([] if config.api else ["reward_model"])]
     orders = (share("first_shown", None, "share"), share("agreement", "higher"))
     return (
@@ -163,8 +163,8 @@ def run(model: SteeredModel, config: Config) -> Result:
     judge = _judge(model, config)
     items = data_rows(config.prompts, config.limit, config.rows_seed)
     pairs = pairs_of(model, items, config)
-    # All strengths in one call: the judge's batches are full, and an opponent that occurs at every strength is read once. A
-    # pair without an answer is not shown, since its verdict would not count and a judge behind an API is paid for it.
+    # All strengths are judged in one call, with full batches, so that an opponent of several strengths is read only once. A
+    # pair without an answer is not shown, since its verdict would not count, but would cost money with an API.
     verdicts = iter(judge.compare([pair for row in pairs for pair in row if not _is_long(pair)]))
     observations, samples = [], []
     for strength, row in zip(config.strengths, pairs, strict=True):
@@ -184,7 +184,7 @@ def _is_long(pair: Pair) -> bool:
 def scorer(config: Config, device: torch.device | str) -> Scorer:
     """Return the scorer of answers against those in their column `opponent`. Raises ValueError for an implicit reward."""
     if config.implicit_source is not None:
-        raise ValueError("the texts of a file are judged by judge_source or api: an implicit reward belongs to a model")
+        raise ValueError("an implicit reward cannot judge the texts of a file: set judge_source or api")
     judge = _text_judge(config, device)
 
     def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
@@ -222,7 +222,7 @@ def _judge(model: SteeredModel, config: Config) -> PairJudge:
         return _text_judge(config, model.device)
     policy = load_like(config.implicit_source, model)
     if config.implicit_base_source is None and not policy.patches:
-        raise ValueError(f"{config.implicit_source} carries no patch to take off: set implicit_base_source")
+        raise ValueError(f"{config.implicit_source} has no patch to remove: set implicit_base_source")
     reference = None if config.implicit_base_source is None else load_like(config.implicit_base_source, policy)
     return PairJudge("implicit", judges.once(judges.by_reward(answer_rewards.implicit_reward(policy, reference))))
 

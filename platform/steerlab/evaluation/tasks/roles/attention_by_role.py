@@ -1,20 +1,20 @@
-"""Where the tokens of a response look: the share of their attention that goes to the instruction, to the data and elsewhere.
+"""Attention by role: the share of the response tokens' attention on the instruction, on the data and elsewhere.
 
-Rows are instruction rows with an input and their own response, read at once. In every layer, and for each of its heads, the
+Rows are instruction rows with an input and their own response. In every layer, and for each of its heads, the
 attention weights of a response token sum to 1 over the tokens up to itself. The shares are their sums over parts of the prompt:
 
     attention_by_role/instruction_layer_NN   the instruction without its heading
     attention_by_role/data_layer_NN          the data without their heading
     attention_by_role/response_layer_NN      the response itself, up to the token
-    attention_by_role/other_layer_NN         headings, the template and special tokens; a first token often takes most of it
+    attention_by_role/other_layer_NN         headings, the template and special tokens; a first token often gets most of it
 
 They are means over the response tokens of a row and over heads, and sum to 1. `attention_by_role/instruction`, `data`,
 `response` and `other` are their means over layers. NN counts layers from 1, as `probing` does, where
 0 is the embedding. With `heads`, `..._layer_NN_head_MM` adds the shares of each head. `instruction_density_layer_NN` and
 `data_density_layer_NN` divide a share by the share of the tokens up to the response that the part has: above 1, its tokens get
-more attention than others do, whatever their number.
+more attention than other tokens, independent of their number.
 
-Only the eager kernel computes attention weights, so that the task switches to it; models without attention are refused.
+Only the eager kernel returns attention weights, so the task switches to it; models without attention are refused.
 
 Axes in addition to the legend of `tokens`: H heads, R response tokens.
 """
@@ -52,31 +52,31 @@ class Config(TaskConfig):
     heads: bool = False
     """Also report each head of each layer."""
     max_tokens: int = Field(512, ge=8)
-    """Rows with more tokens are not read: the weights of all layers grow with the square of it."""
+    """Rows with more tokens are skipped: the attention weights grow with the square of the length."""
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured; which direction is better is for the user to say."""
-    # A mean of shares within rows, not a proportion of rows, so Student's interval.
+    """Return the measures; no direction is better in general."""
+    # Each number is a mean of shares within rows, not a proportion of rows, so it has Student's interval.
     of_layers = tuple(share(f"{part}_layer_*", None, "mean") for part in PARTS)
     densities = tuple(Measure(f"{part}_density_layer_*", None, unit="times the mean", low=0.0) for part in PARTS[:2])
     return (*(share(part, None, "mean") for part in PARTS), *of_layers, *densities)
 
 
 def runs_over(config: Config, metric: str | None) -> TokenKinds:
-    """Return the kinds of tokens that are read: those of prompts and of responses."""
+    """Return the kinds of tokens that are processed: those of prompts and of responses."""
     return EVERY_TOKEN
 
 
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse a model without attention, and a source that does not exist or lacks fields. Raises ValueError."""
     if not facts.attends:
-        raise ValueError(f"task: {facts.architecture} has no attention whose weights could be read; leave this task out")
+        raise ValueError(f"task: {facts.architecture} has no attention weights; remove this task")
     check_rows("source", config.source, ("instruction", "output"))
 
 
 def run(model: SteeredModel, config: Config) -> Result:
-    """Read the attention of every row at every strength."""
+    """Measure the attention of every row at every strength."""
     rows = instruction_rows(
         config.source,
         needs_input=True,
@@ -106,14 +106,14 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 
 def names_of(num_layers: int) -> list[str]:
-    """Return the names of what is measured of a row, without those of single heads."""
+    """Return the names of a row's metrics, without those of single heads."""
     densities = [f"{part}_density" for part in PARTS[:2]]
     of_layers = [f"{name}_layer_{layer:02d}" for name in (*PARTS, *densities) for layer in range(1, num_layers + 1)]
     return [*PARTS, *of_layers]
 
 
 def answered(model: SteeredModel, item: Numbered) -> Conversation:
-    """Return a row with its response, split into parts by which instruction and data can be told from their headings."""
+    """Return a row with its response, split into parts that distinguish instruction and data from their headings."""
     prompt = of_row(model.encoder, item, exchanged=False)
     whole = model.encoder.conversation(str(item.row["instruction"]), str(item.row["input"]), str(item.row["output"]))
     return (*prompt, *whole[len(prompt) :])
@@ -139,7 +139,7 @@ def shares(weights_LHTT: Tensor, parts: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _named(weights_LHTT: Tensor, parts: Mapping[str, Tensor], heads: bool) -> Iterator[tuple[str, float]]:
-    """Yield the names and values of a row's measures; none if the response has no token."""
+    """Yield the names and values of a row's metrics; nothing if the response has no token."""
     if not bool(parts["response"].any()):
         return
     num_before = int(parts["response"].nonzero()[0])

@@ -1,4 +1,4 @@
-"""The causal check of probing: whether the role of a SEP probe decides that it is executed."""
+"""The causal check of probing: whether the role of a SEP probe decides its execution."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def observe_causal(
     observations: list[Observation] = []
     samples: list[dict[str, object]] = []
     for strength, row in answers(model, prompts, config):
-        # Items whose SEP probe cannot be located cannot change its role alone; they are counted as unparsable.
+        # If the SEP probe of an item cannot be located, its role cannot be changed, so the item is counted as unparsable.
         cut = [item for item, text in zip(items, texts, strict=True) if text is None]
         observations += [Observation(name, item.id, None, 1.0, strength) for item in cut for name in EXECUTED]
-        # The first half of the answers is to prompts with the role of data, the second to the same with that of instructions.
+        # The first half of the answers is for probes with the role of data, the second for the same with that of instructions.
         for (item, _), *outputs in zip(whole, row[: len(whole)], row[len(whole) :], strict=True):
             verdicts = [float(contains(output.text, item.witness)) for output in outputs]
             own = [Observation(name, item.id, v, 1.0, strength) for name, v in zip(EXECUTED, verdicts, strict=True)]

@@ -1,8 +1,8 @@
 """The default items of SEP: this repository's probes in alpaca rows, in the published format.
 
 133 probes written for this repository (`probes.json` in this folder, each in a plain and an insistent wording) are inserted
-into the alpaca rows that have an input: one probe for each row, with all four positions and both wordings in turn. If the
-witness of a probe occurs in the row or in its answer, the next probe is taken instead.
+into the alpaca rows that have an input: one probe per row, with all four positions and both wordings in turn. If the
+witness of a probe occurs in the row or in its answer, the next probe is used instead.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def embedded_rows() -> list[Row]:
 
 
 def place_probes(rows: Sequence[Row], probes: Sequence[Probe]) -> list[Row]:
-    """Insert one probe into each row, with the four positions and two wordings in turn; nothing is random.
+    """Insert one probe into each row, with the four positions and two wordings in turn; the result is deterministic.
 
     Raises:
         ValueError: a row contains the witness of every probe.
@@ -56,7 +56,7 @@ def place_probes(rows: Sequence[Row], probes: Sequence[Probe]) -> list[Row]:
         candidates = [probes[(i + skipped) % len(probes)] for skipped in range(len(probes))]
         probe = next((p for p in candidates if not contains(text, p.witness)), None)
         if probe is None:
-            raise ValueError(f"row {i} holds the witness of each of the {len(probes)} probes: {text[:80]!r}")
+            raise ValueError(f"row {i} contains the witness of each of the {len(probes)} probes: {text[:80]!r}")
         position = POSITIONS[i % len(POSITIONS)]
         # The wording changes after each round of positions, so that every position has both wordings.
         is_insistent = i // len(POSITIONS) % 2 == 1

@@ -1,4 +1,4 @@
-"""How far apart the instruction form and the data form of a token's embedding are, and what the training did to embeddings.
+"""Distance between the instruction form and the data form of a token's embedding, and the change of embeddings by training.
 
 The analysis of embeddings of ASIDE, Zverev et al., arXiv 2503.10566. The rotation by pi/2 makes the two forms of every token
 orthogonal, while the segment vectors of ISE move all data forms by one short vector. Items are tokens of the vocabulary without
@@ -6,14 +6,14 @@ the special ones. E_i and E_d are the instruction and the data form of a token, 
 
     embedding_shift/role_cosine             cos(E_i, E_d): 1 if roles make no difference, cos(angle) under a rotation
     embedding_shift/role_distance           |E_i - E_d| / |E_i|
-    embedding_shift/norm_instruction        |E_i|, and norm_data: |E_d|; a rotation keeps norms
+    embedding_shift/norm_instruction        |E_i|, and norm_data: |E_d|; a rotation preserves norms
     embedding_shift/rank_instruction        effective rank of the matrix of all E_i, and rank_data of all E_d
-    embedding_shift/base_cosine_instruction cos(E_0, E_i), and base_cosine_data: cos(E_0, E_d); with `base` alone
+    embedding_shift/base_cosine_instruction cos(E_0, E_i), and base_cosine_data: cos(E_0, E_d); only with `base`
     embedding_shift/base_distance           |E_i - E_0| / |E_0|, how far the training moved a token
-    embedding_shift/base_rank               effective rank of the matrix of all E_i - E_0, in how many directions it did
+    embedding_shift/base_rank               effective rank of the matrix of all E_i - E_0: directions of the change
 
 The effective rank is exp(H(p)) of the singular values as shares of their sum, p_k = s_k / sum s (Roy and Vetterli, EUSIPCO
-2007): 1 if all rows are multiples of one vector, D if all directions count alike.
+2007): 1 if all rows are multiples of one vector, D if all directions have equal weight.
 
 Axes in addition to the legend of `tokens`: N tokens of the vocabulary.
 """
@@ -54,11 +54,11 @@ class Config(TaskConfig):
     limit: int | None = Field(2000, ge=2, le=2**53)
     """Number of tokens of the vocabulary, drawn at random; null takes all."""
     base: Source | None = None
-    """Model from which the training started, with whose embeddings those of this model are compared; null compares none."""
+    """Model from which the training started, whose embeddings are compared with this model's; null skips the comparison."""
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured; more distance between the roles is what the methods with roles are for."""
+    """Return the measures; more distance between the roles is better, as intended by methods with roles."""
     roles = (
         likeness("role_cosine", "lower"),
         Measure("role_distance", "higher", low=0.0),
@@ -77,14 +77,14 @@ def runs_over(config: Config, metric: str | None) -> TokenKinds:
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse a base that does not exist, or whose embeddings have another width. Raises ValueError."""
+    """Refuse a base that does not exist, or has embeddings of another width. Raises ValueError."""
     if config.base is None:
         return
     with about("base"):
         own = models.facts(_directory(config.base))
         if own.hidden_size != facts.hidden_size:
             raise ValueError(
-                f"{config.base} has embeddings of {own.hidden_size} values, and the job's model of {facts.hidden_size}"
+                f"{config.base} has embeddings of width {own.hidden_size}, but the job's model of {facts.hidden_size}"
             )
 
 
@@ -106,10 +106,10 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 
 def vocabulary(model: SteeredModel, config: Config) -> list[int]:
-    """Return the ids of the tokens that are compared, in ascending order."""
+    """Return the ids of the tokens to compare, in ascending order."""
     tokenizer, num_embeddings = model.encoder.tokenizer, models.embedding_shape(model.model)[0]
     special = {*tokenizer.all_special_ids}
-    # Tables of embeddings are often padded to a round size with rows that are no tokens.
+    # Tables of embeddings are often padded to a round size with rows that belong to no token.
     usable = [token for token in range(min(len(tokenizer), num_embeddings)) if token not in special]
     return choose(usable, config.limit, config.rows_seed)
 
@@ -122,7 +122,7 @@ def compared(
     Args:
         instruction_ND: embeddings with the role of instructions.
         data_ND: embeddings of the same tokens with the role of data.
-        base_ND: embeddings of the same tokens in the base model; None leaves out what needs them.
+        base_ND: embeddings of the same tokens in the base model; None skips the metrics that need them.
 
     Returns:
         The measures by name: a value for each token, and the effective ranks of the matrices (None for a matrix of zeros).
@@ -145,12 +145,12 @@ def compared(
 
 def effective_rank(x_ND: Tensor) -> float | None:
     """Return exp(H(p)) of the singular values as shares of their sum (Roy and Vetterli 2007, eq. 3); None if all are 0."""
-    # From the eigenvalues of the smaller Gram matrix, in float64: a singular value decomposition of a whole vocabulary takes
-    # minutes, and squares of small singular values would drown in float32.
+    # Eigenvalues of the smaller Gram matrix are used, in float64: a singular value decomposition of a whole vocabulary takes
+    # minutes, and squares of small singular values would be lost in float32.
     x_ND = x_ND.double()
     gram = x_ND.T @ x_ND if len(x_ND) > x_ND.shape[1] else x_ND @ x_ND.T
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    # Below the rounding of the largest one a singular value is noise, of which a long tail would count.
+    # Singular values below the rounding error of the largest one are noise, whose long tail would count.
     singular = singular[singular > singular.max() * 1e-7]
     if not len(singular):
         return None
@@ -170,9 +170,9 @@ def _embeddings(source: str, ids: list[int]) -> Tensor:
     """
     model = models.load_model(_directory(source))
     if ids[-1] >= (num := models.embedding_shape(model)[0]):
-        raise ValueError(f"base {source} has embeddings of {num} tokens, and the vocabulary of this model goes to {ids[-1]}")
+        raise ValueError(f"base {source} has embeddings of {num} tokens, but the vocabulary of this model goes up to {ids[-1]}")
     with torch.inference_mode():
-        # By a call of the module and not from its table: some models scale the embeddings in it.
+        # The module is called, since some models scale the embeddings in it.
         return models.embedding(model)(torch.tensor(ids)).float()
 
 

@@ -2,17 +2,17 @@
 
 Section 5 of ASIDE, Zverev et al., arXiv 2503.10566. The concept is a linear classifier of hidden states that distinguishes
 instruction tokens from data tokens at a middle layer, trained as in `probing`; its activation is the logit w . h + b, positive
-where a token looks like one of an instruction. It is read on the data of every SEP item twice: with the probe, a short request
+where a token resembles an instruction token. It is measured on the data of every SEP item twice: with the probe, a request
 that is hidden in the data (`injected`), and without it (`clean`).
 
     instruction_concept/activation_injected  mean activation of the tokens of the injected requests
     instruction_concept/activation_clean     mean activation of the data tokens of the same items without a request
     instruction_concept/injected_above_clean share of the pairs (injected token, clean token) of an item of which the injected
-                                             one has the larger activation: 0.5 if the concept cannot tell them apart
+                                             one has the larger activation: 0.5 if the concept cannot distinguish them
     instruction_concept/active_injected      share of tokens with a positive activation, and active_clean
     instruction_concept/accuracy             accuracy of the classifier on test rows
 
-The samples hold a histogram of the activations of either group for the report, and for a few items the text with the activation
+The samples have a histogram of the activations of both groups for the report, and for a few items the text with the activation
 of every token.
 """
 
@@ -63,19 +63,19 @@ class Config(TaskConfig):
     bins: int = Field(30, ge=2, le=1000)
     """Bins of the histogram."""
     texts: int = Field(4, ge=0, le=20)
-    """Number of items whose text is kept with the activation of every token."""
+    """Number of items whose text is stored with the activation of every token."""
 
     @property
     def probing(self) -> probing.Config:
         """The same settings for the functions of `probing`, which train the classifier."""
         same = ("source", "offset", "num_rows", "tokens_per_role", "concept_layer", "max_tokens")
         fields = {name: getattr(self, name) for name in same}
-        # The first of several seeds, so that all of them look at one classifier.
+        # The first of several seeds, so that all seeds use one classifier.
         return probing.Config(measures=("concept",), seed=self.rows_seed, **fields)
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured; injected requests should not look more like instructions than other data."""
+    """Return the measures; injected requests should not resemble instructions more than other data do."""
     return (
         Measure("activation_injected", "lower", unit="logits"),
         Measure("activation_clean", "lower", unit="logits"),
@@ -87,7 +87,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 
 def runs_over(config: Config, metric: str | None) -> TokenKinds:
-    """Return the kinds of tokens of prompts, which are all that is read."""
+    """Return the kinds of tokens of prompts, since only prompts are processed."""
     return frozenset({("prompt", "instruction"), ("prompt", "data")})
 
 
@@ -102,7 +102,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     """Train the classifier and read its activations at every strength."""
     layer = probing.concept_layer(config.probing, model.num_layers)
     rows, long = probed_rows.usable_rows(model, config.probing)
-    # The embedded set is built from alpaca rows, which a job may have trained on; a file of SEP rows is separate from them.
+    # The embedded set is built from alpaca rows, on which a job may have trained; a file of SEP rows is separate from them.
     offset = config.offset if config.separation_source is None else 0
     items = separation.load(config.separation_source, limit=config.limit, seed=config.rows_seed, offset=offset)
     observations: list[Observation] = []
@@ -110,7 +110,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     for strength in config.strengths:
         observations += [observed("instruction_concept/accuracy", item.id, TOO_LONG, strength) for item in long]
         probe = None
-        # With a single row there is none to test on.
+        # With a single row, no row is left for the test.
         if len(rows) > 1:
             probe, accuracies = probing.concept(model, rows, layer, config.probing, strength)
             observations += [o._replace(metric="instruction_concept/accuracy") for o in accuracies]
@@ -133,13 +133,13 @@ class Activations(NamedTuple):
     """Activations of the concept in the two prompts of one item."""
 
     number: int
-    """Number of the item among those that were read."""
+    """Number of the item among all items."""
     injected_N: Tensor
-    """Those of the tokens of the injected request."""
+    """Activations of the tokens of the injected request."""
     clean_N: Tensor
-    """Those of the data tokens of the prompt without it."""
+    """Activations of the data tokens of the prompt without the request."""
     whole_T: Tensor
-    """Those of all tokens of the prompt with the request."""
+    """Activations of all tokens of the prompt with the request."""
     encoded: Encoded
     """The prompt with the request."""
 
@@ -149,7 +149,7 @@ def activations(
 ) -> Iterator[Activations | Literal["too_long"] | None]:
     """Yield the activations of each item.
 
-    Instead of them "too_long" if a prompt does not fit, and None if its request cannot be located or there is no classifier.
+    Yields "too_long" if a prompt does not fit, and None if its request cannot be located or the classifier is missing.
     """
     number = 0
     for item in items:
@@ -185,7 +185,7 @@ def _read(model: SteeredModel, prompt: Conversation, layer: int, probe: LinearPr
 
 def _observe(item_id: str, read: Activations, strength: float) -> list[Observation]:
     injected_N, clean_M = read.injected_N, read.clean_N
-    # Equal activations count half, as in the area under a ROC curve, which this is.
+    # Equal activations count half, since this is the area under a ROC curve.
     difference_NM = injected_N[:, None] - clean_M
     above = (difference_NM > 0).float().mean() + 0.5 * (difference_NM == 0).float().mean()
     values = (injected_N.mean(), clean_M.mean(), above, (injected_N > 0).float().mean(), (clean_M > 0).float().mean())
@@ -199,7 +199,7 @@ def _observe(item_id: str, read: Activations, strength: float) -> list[Observati
 
 def _text(model: SteeredModel, item: separation.Item, read: Activations, strength: float) -> dict[str, object]:
     tokens = [model.encoder.shown(token) for token in read.encoded.input_ids]
-    # Tokens of headings and of the template belong to no part, and the classifier has seen none.
+    # Tokens of headings and of the template belong to no part, and the classifier was not trained on any.
     own = [part >= 0 for part in read.encoded.parts]
     values = [value if of_text else None for value, of_text in zip(read.whole_T.tolist(), own, strict=True)]
     title = f"the request in the data: {split_probe(item)[1]}"  # type: ignore[index]  # it was located

@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 class Tokens(NamedTuple):
-    """Hidden states of single tokens, with the role and the row of each: what a probe trains on."""
+    """Training data of a probe: hidden states of single tokens, with the role and the row of each."""
 
     h_NLD: Tensor
     is_instruction_N: Tensor
     row_N: Tensor
-    """Index of the row that the token comes from."""
+    """Index of the token's row."""
     exchanged_N: Tensor
     """True if the token comes from the form of its row in which instruction and data are exchanged."""
 
@@ -52,7 +52,7 @@ def fit(tokens: Tokens, *, epochs: int, lr: float, batch: int, seed: int) -> Lin
         tokens: training tokens.
         epochs: passes over the tokens.
         lr: learning rate.
-        batch: tokens for each step.
+        batch: number of tokens of each step.
         seed: seed of the order of the tokens.
     """
     # Some hidden dimensions of late layers are hundreds of times larger than others; unstandardised, one learning rate could
@@ -66,7 +66,7 @@ def fit(tokens: Tokens, *, epochs: int, lr: float, batch: int, seed: int) -> Lin
     for _ in range(epochs):
         for index_B in torch.randperm(len(label_N), generator=generator).split(batch):
             logit_BL = (x_NLD[index_B] * weight_LD).sum(-1) + bias_L
-            # Every layer sees the same tokens in the same order, so that accuracies of layers differ by the layers alone.
+            # Every layer sees the same tokens in the same order, so that differences of accuracy are due to the layers.
             target_BL = label_N[index_B, None].expand_as(logit_BL)
             loss_BL = torch.nn.functional.binary_cross_entropy_with_logits(logit_BL, target_BL, reduction="none")
             optimizer.zero_grad()

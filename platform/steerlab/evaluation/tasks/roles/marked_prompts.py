@@ -1,4 +1,4 @@
-"""Prompts that are split into parts, by which the tokens of the instruction, the data and a probe can be told apart."""
+"""Prompts that are split into parts, to distinguish the tokens of the instruction, the data and a probe."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from steerlab.inputs.tokens import DATA, INSTRUCTION, Conversation, Message, Par
 def marked(encoder: Encoder, instruction: str, data: Sequence[Part]) -> Conversation:
     """Return a prompt whose part 1 is the instruction without its heading and whose last parts are `data`.
 
-    The split into parts does not change the tokenisation. Tokens of headings are in neither kind of part.
+    The split into parts does not change the tokenisation. Tokens of headings are in other parts.
     """
-    # The template takes the role of a message's first part. An empty part with the role of data keeps the role of the template
-    # the same whatever role the data get.
+    # The template takes the role of a message's first part. An empty part with the role of data makes the role of the template
+    # independent of the role of the data.
     system, *rest = encoder.conversation(instruction, (Part("", DATA), *data))
-    # The heading is what the prompt style writes before the instruction in the same message.
+    # The heading is the prompt style's text before the instruction in the same message.
     text = "".join(part.text for part in system.parts)
     heading = text.removesuffix(instruction)
     return (Message(system.speaker, (Part(heading, INSTRUCTION), Part(instruction, INSTRUCTION))), *rest)
 
 
 def of_row(encoder: Encoder, item: Numbered, exchanged: bool) -> Conversation:
-    """Return the prompt of an instruction row; with `exchanged` the data take the place of the instruction and vice versa."""
+    """Return the prompt of an instruction row; with `exchanged`, instruction and data swap places."""
     first, second = str(item.row["instruction"]), str(item.row["input"])
     instruction, data = (second, first) if exchanged else (first, second)
     return marked(encoder, instruction, (Part(data, DATA),))
@@ -34,10 +34,10 @@ def of_row(encoder: Encoder, item: Numbered, exchanged: bool) -> Conversation:
 def split_probe(item: separation.Item) -> tuple[str, str, str] | None:
     """Split the data with the probe into the text before the probe, the probe, and the text after it.
 
-    The probe is what remains when the clean data are removed from one end. None if they are at neither end.
+    The probe is what remains when the clean data are removed from one end. None if the clean data are at neither end.
     """
     data, with_probe = item.data, item.data_with_probe
-    # Data that repeat themselves can be at both ends; the item's `appended_type` then tells where the probe is.
+    # Repetitive data can be at both ends; then the item's `appended_type` gives the place of the probe.
     side = str(item.info.get("appended_type", ""))[-1:]
     if with_probe.endswith(data) and not (side == "r" and with_probe.startswith(data)):
         head = with_probe.removesuffix(data)

@@ -1,4 +1,4 @@
-"""Rows whose tokens linear probes are trained and tested on, with the hidden states of these tokens."""
+"""Rows for the training and the test of linear probes, with the hidden states of their tokens."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def train_rows(num_rows: int, config: Config) -> list[int]:
-    """Choose the indices of the training rows; at least one row trains and at least one tests."""
+    """Choose the indices of the training rows; at least one row is for training and at least one for the test."""
     num_train = min(max(1, round(config.train_share * num_rows)), num_rows - 1)
-    # Another seed than that of the rows' own choice: the same random numbers would tie one choice to the other.
+    # The seed differs from that of the choice of rows, since equal random numbers would correlate both choices.
     return choose(range(num_rows), num_train, config.rows_seed + 1)
 
 
@@ -32,7 +32,7 @@ def usable_rows(model: SteeredModel, config: Config) -> tuple[list[Numbered], li
     """
     rows = instruction_rows(config.source, needs_input=True, offset=config.offset, limit=config.num_rows, seed=config.rows_seed)
     if len(rows) < 2:
-        raise ValueError(f"{config.source} has {len(rows)} usable row; a probe needs two")
+        raise ValueError(f"{config.source} has {len(rows)} usable rows; a probe needs two")
     forms = [model.fits([of_row(model.encoder, item, e) for item in rows], config.max_tokens) for e in (False, True)]
     fits = [plain and exchanged for plain, exchanged in zip(*forms, strict=True)]
     halves = [[item for item, fit in zip(rows, fits, strict=True) if fit == wanted] for wanted in (True, False)]
@@ -40,12 +40,12 @@ def usable_rows(model: SteeredModel, config: Config) -> tuple[list[Numbered], li
 
 
 def collect(model: SteeredModel, rows: Sequence[Numbered], config: Config, strength: float) -> Tokens:
-    """Read hidden states of equally many instruction and data tokens of every row, in both of its forms."""
+    """Collect hidden states of equally many instruction and data tokens of every row, in both of its forms."""
     forms = [(i, exchanged) for i in range(len(rows)) for exchanged in (False, True)]
     prompts = [of_row(model.encoder, rows[i], exchanged) for i, exchanged in forms]
     h, is_instruction, row, exchange = [], [], [], []
     for (i, exchanged), (h_LTD, encoded) in zip(forms, model.hidden_states(prompts, strength=strength), strict=True):
-        # A generator for each form, so that the choice does not depend on the order or number of rows.
+        # Each form has its own generator, so that the choice does not depend on the order or number of rows.
         draw = random.Random(f"{config.seed} {rows[i].id} {exchanged}")
         chosen = balanced(encoded.parts, max(encoded.parts), config.tokens_per_role, draw)
         h.append(h_LTD[:, chosen].transpose(0, 1))
@@ -60,5 +60,5 @@ def balanced(parts: Sequence[int], data_part: int, most: int, draw: random.Rando
     """Choose at most `most` positions of instruction tokens (part 1) and equally many of data tokens (part `data_part`)."""
     of_role = [[t for t, part in enumerate(parts) if part == wanted] for wanted in (1, data_part)]
     count = min(most, *map(len, of_role))
-    # Shuffled by sorting with random keys: Python promises the same numbers in every version for `random()` only.
+    # Shuffled by sorting with random keys: Python guarantees the same numbers in every version only for `random()`.
     return [t for positions in of_role for t in sorted(positions, key=lambda _: draw.random())[:count]]

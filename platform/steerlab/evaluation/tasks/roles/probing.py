@@ -1,7 +1,7 @@
-"""Whether the model represents instructions and data differently, and whether that decides what it executes.
+"""Whether the model represents instructions and data differently, and whether that decides which requests it executes.
 
 Section 5 of ASIDE, Zverev et al., arXiv 2503.10566. "Probe" has two meanings there: a linear probe is a classifier of hidden
-states, a SEP probe is a short request hidden in the data (see `separation`). Four measures, each of which can be left out:
+states, a SEP probe is a short request hidden in the data (see `separation`). Four measures, each of which is optional:
 
 layers   `probing/layer_NN`: accuracy of a linear probe that distinguishes instruction tokens from data tokens by the hidden
          state after layer NN (00 is the embedding). A linear probe could recognise words instead of roles, so every row is
@@ -74,11 +74,11 @@ class Config(TaskConfig):
     num_rows: int = Field(200, ge=4)
     """Number of instruction rows; `limit` counts SEP items instead."""
     cosine_rows: int = Field(50, ge=1)
-    """How many of these rows are used for the cosines."""
+    """Number of these rows that are used for the cosines."""
     tokens_per_role: int = Field(8, ge=1)
     """Largest number of tokens of each role taken from each of the two forms of a row."""
     train_share: float = Field(0.7, gt=0, lt=1)
-    """Share of rows that train the linear probes (paper: 0.7); the others test them."""
+    """Share of rows for the training of linear probes (paper: 0.7); the others are for the test."""
     epochs: int = Field(5, ge=1)
     """Passes over the training tokens (paper: 5)."""
     lr: float = Field(1e-3, gt=0)
@@ -96,7 +96,7 @@ class Config(TaskConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured; higher accuracies and fewer executed probes mean that the model distinguishes the roles."""
+    """Return the measures; higher accuracies and fewer executed probes mean that the model distinguishes the roles."""
     by_kind: dict[Probed, tuple[Measure, ...]] = {
         "layers": (share("layer_*", "higher"),),
         "concept": (share("concept_accuracy", "higher"), share("probe_as_instruction", "lower")),
@@ -108,7 +108,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 def runs_over(config: Config, metric: str | None) -> TokenKinds:
     """Return the kinds of tokens that a metric depends on: those of prompts, and for the causal check those of answers too."""
-    # Only the causal check generates; the other measures read hidden states of prompts.
+    # Only the causal check generates; the other measures use hidden states of prompts.
     of_answers = (*EXECUTED, *(f"probing/{measure.name}" for measure in legibility.measures()))
     writes = "causal" in config.measures if metric is None else metric in of_answers
     return EVERY_TOKEN if writes else frozenset({("prompt", "instruction"), ("prompt", "data")})
@@ -130,19 +130,19 @@ def run(model: SteeredModel, config: Config) -> Result:
     if {"layers", "concept", "cosine"} & set(config.measures):
         rows, long = usable_rows(model, config)
     if {"concept", "causal"} & set(config.measures):
-        # The embedded set is built from alpaca rows, which a job may have trained on; a file of SEP rows is separate from them.
+        # The embedded set is built from alpaca rows, on which a job may have trained; a file of SEP rows is separate from them.
         offset = config.offset if config.separation_source is None else 0
         items = separation.load(config.separation_source, limit=config.limit, seed=config.rows_seed, offset=offset)
     observations, samples = [], []
     for strength in config.strengths:
         observations += _left_out(model, long, config, strength)
-        # Rows are collected once for both measures; with a single row there is none to test on.
+        # Rows are collected once for both measures; with a single row, no row is left for the test.
         if {"layers", "concept"} & set(config.measures) and len(rows) > 1:
             tokens = collect(model, rows, config, strength)
             is_train_N = torch.isin(tokens.row_N, torch.tensor(train_rows(len(rows), config)))
             if "layers" in config.measures:
                 observations += _observe_layers(tokens, is_train_N, rows, config, strength)
-            # `concept` follows the paper, whose linear probe is trained on rows as they are.
+            # `concept` follows the paper, whose linear probe is trained on rows that are not exchanged.
             if "concept" in config.measures:
                 observations += _observe_concept(model, tokens.where(~tokens.exchanged_N), items, layer, rows, config, strength)
         if "cosine" in config.measures:
@@ -196,7 +196,7 @@ def _accuracies(
     """Return the accuracy of a probe on each test row at each layer, weighted by the row's number of tokens."""
     right_NL = (probe.says_instruction(test.h_NLD) == test.is_instruction_N[:, None]).float()
     observations = []
-    # Rows are the items, not tokens: tokens of one row are not independent.
+    # Items are rows instead of tokens, since tokens of one row are not independent.
     for i in test.row_N.unique().tolist():
         of_row = right_NL[test.row_N == i]
         for layer, value in enumerate(of_row.mean(0).tolist()):
@@ -223,7 +223,7 @@ def _observe_concept(
 def _concept(
     clean: Tokens, layer: int, rows: Sequence[Numbered], config: Config, strength: float
 ) -> tuple[LinearProbe, list[Observation]]:
-    # A slice keeps the layer axis, so that the same code trains one probe or all of them.
+    # A slice preserves the layer axis, so that the same code trains one probe or all of them.
     at_layer = clean._replace(h_NLD=clean.h_NLD[:, layer : layer + 1])
     is_train_N = torch.isin(clean.row_N, torch.tensor(train_rows(len(rows), config)))
     probe = _fitted(at_layer.where(is_train_N), config)
@@ -233,7 +233,7 @@ def _concept(
 def concept(
     model: SteeredModel, rows: Sequence[Numbered], layer: int, config: Config, strength: float
 ) -> tuple[LinearProbe, list[Observation]]:
-    """Train the linear probe of `concept` on rows as they are; return it, and its accuracy on the test rows."""
+    """Train the linear probe of `concept` on rows that are not exchanged; return it, and its accuracy on the test rows."""
     tokens = collect(model, rows, config, strength)
     return _concept(tokens.where(~tokens.exchanged_N), layer, rows, config, strength)
 
@@ -241,11 +241,11 @@ def concept(
 def _probe_shares(
     model: SteeredModel, items: Sequence[separation.Item], layer: int, probe: LinearProbe, strength: float
 ) -> Iterator[tuple[Score, float]]:
-    """Yield for every item the share of its SEP probe's tokens that the linear probe calls instruction, and their number."""
+    """Yield for every item the share of its SEP probe's tokens that are classified as instruction, and their number."""
     texts = [split_probe(item) for item in items]
     whole = [(item, text) for item, text in zip(items, texts, strict=True) if text is not None]
     prompts = [marked(model.encoder, item.instruction, probe_parts(text, DATA)) for item, text in whole]
-    # `hidden_states` takes only prompts that fit, so its results are matched to the prompts by `fits`.
+    # `hidden_states` accepts only prompts that fit, so its results are matched to the prompts by `fits`.
     fits = model.fits(prompts)
     states = model.hidden_states([p for p, fit in zip(prompts, fits, strict=True) if fit], strength=strength)
     remaining = iter(zip(prompts, fits, strict=True))
@@ -274,7 +274,7 @@ def _observe_cosine(model: SteeredModel, rows: Sequence[Numbered], strength: flo
     states = [model.hidden_states(prompts, strength=strength) for prompts in forms]
     observations = []
     for item, (as_data_LTD, encoded), (as_instruction_LTD, _) in zip(rows, *states, strict=True):
-        # The data are the last part. Roles do not change the tokenisation, so the positions are those of both prompts.
+        # The data are the last part. Roles do not change the tokenisation, so the positions are the same in both prompts.
         own_T = torch.tensor(encoded.parts) == max(encoded.parts)
         cosine_LT = torch.nn.functional.cosine_similarity(as_data_LTD[:, own_T], as_instruction_LTD[:, own_T], dim=-1)
         # Weighted by tokens, so that the mean over rows is the mean over all data tokens.

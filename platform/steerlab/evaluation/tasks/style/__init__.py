@@ -1,1 +1,1 @@
-"""Does the model write as the patch wants it to?"""
+"""Tasks on the style and the subject of generated texts."""

@@ -1,19 +1,19 @@
 """AxBench: whether an answer shows a concept, still follows its instruction, and is still fluent, graded by a judge.
 
 Wu et al., "AxBench: Steering LLMs? Even Simple Baselines Outperform Sparse Autoencoders", arXiv 2501.17148, section 3.2. A
-model that is steered towards a concept answers instructions that have nothing to do with it. A judge gives each answer three
-grades from 0 to 2, in a question each, and the score is their harmonic mean: 0 if one of them is 0.
+model that is steered towards a concept answers unrelated instructions. A judge gives each answer three grades from 0 to 2, in
+one question each, and the score is their harmonic mean: 0 if one of them is 0.
 
     axbench/score         harmonic mean of the three, mean over answers       higher is better
-    axbench/concept       how clearly the concept is there
-    axbench/instruction   how far the answer belongs to the instruction
+    axbench/concept       how clearly the concept is present
+    axbench/instruction   how closely the answer is related to the instruction
     axbench/fluency       how fluent it is
     axbench/empty, axbench/unfinished, axbench/repetition, axbench/letters        see `legibility`
 
 The paper chooses the strength of each concept on half of the instructions and reports the other half: give `choose` and
-`evaluate` different rows (`offset`). The concept is named in the job, or read from the published `metadata.jsonl` by its id. An
-answer without a grade is counted as unparsable, where the authors' code counts it as 0. The questions are worded here; set them
-to the published ones for numbers that are compared with published ones.
+`evaluate` different rows (`offset`). The concept is given in the job, or by its id in the published `metadata.jsonl`. An
+answer without a grade is counted as unparsable, while the authors' code counts it as 0. The questions are this repository's;
+set them to the published ones to compare with published numbers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Config(GradedConfig):
     task: Literal["axbench"] = "axbench"
     """This task."""
     concept: str | None = Field(None, min_length=1)
-    """The concept, as it stands in the judge's question; null reads it from `concepts_source`."""
+    """The concept, in the words of the judge's question; null reads it from `concepts_source`."""
     concepts_source: Source | None = None
     """Concepts as published (`metadata.jsonl`): rows with `concept_id` and `concept`, or with lists of `concepts`."""
     concept_id: int | None = Field(None, ge=0)
@@ -83,11 +83,11 @@ class Config(GradedConfig):
     @model_validator(mode="after")
     def _check(self) -> Config:
         if bool(self.concept) == bool(self.concepts_source):
-            raise ValueError("one concept is looked for: set either concept, or concepts_source with concept_id")
+            raise ValueError("exactly one concept is needed: set either concept, or concepts_source with concept_id")
         if bool(self.concepts_source) != (self.concept_id is not None):
             raise ValueError("concepts_source and concept_id belong together: one of them is missing")
         if self.prompts.format != "instruction":
-            raise ValueError(f"prompts are instructions: set prompts.format to instruction, not {self.prompts.format}")
+            raise ValueError(f"prompts must be instructions: set prompts.format to instruction, not {self.prompts.format}")
         return self
 
     @property
@@ -97,7 +97,7 @@ class Config(GradedConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     grades = (Measure(name, "higher", "points", 0.0, BEST, "mean") for name in ("score", *GRADES))
     return (*grades, *legibility.measures())
 
@@ -124,7 +124,7 @@ def run(model: SteeredModel, config: Config) -> Result:
         for strength, outputs in drawn
         for item, output in zip(items, outputs, strict=True)
     ]
-    # All strengths in one call: a judge that answers several questions at a time always has some.
+    # All strengths are judged in one call, so that a judge with concurrent questions is never idle.
     flat = [output for _, outputs in drawn for output in outputs]
     for text, output, grades in zip(written, flat, judge_texts(written), strict=True):
         observations += with_legibility("axbench", text.id, [output], grades, text.strength)
@@ -133,7 +133,7 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 
 def scorer(config: Config, device: torch.device | str) -> Scorer:
-    """Return the scorer of answers; a column `concept` names the concept of a text, else the config does."""
+    """Return the scorer of answers; the concept of a text is in its column `concept`, or else in the config."""
     ask = graders.judge_of(config, device)
 
     def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
@@ -167,7 +167,7 @@ def concept_of(config: Config) -> str:
 def _concepts(source: str) -> Iterator[tuple[int, str]]:
     count = 0
     for number, row in enumerate(sources.rows(source), 1):
-        # Earlier files of the benchmark hold the concepts of a group in one row; they are numbered through.
+        # Earlier files of the benchmark have the concepts of a group in one row; concepts are numbered across rows.
         own = row.get("concepts", [row.get("concept")])
         if not isinstance(own, list) or not all(isinstance(concept, str) for concept in own):
             raise ValueError(f"{source} row {number} has neither a text `concept` nor a list of `concepts`")

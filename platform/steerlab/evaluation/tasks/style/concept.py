@@ -11,7 +11,7 @@ capable; each metric is reported only if its scorer is configured:
     concept/distinct_1..3, concept/base_perplexity        see `fluency`
 
 `words` also matches regular plurals, -ed and -ing forms in English spelling (`fairy`: fairies; `stop`: stopped); list irregular
-forms (mice, ran) as words of their own. Only the continuation is scored. It cannot be judged if it is empty, or if the judge
+forms (mice, ran) as separate words. Only the continuation is scored. It cannot be judged if it is empty, or if the judge
 answers neither Yes nor No.
 
 Departures: the judge's question is this repository's, because the authors' is not published; the default scorer needs no hub.
@@ -47,7 +47,7 @@ class Config(ContinuationConfig):
     task: Literal["concept"] = "concept"
     """This task."""
     concept: str = Field(min_length=1)
-    """The concept in one or a few words, as they stand in the judge's question: `fantasy`."""
+    """The concept in one or a few words, for the judge's question: `fantasy`."""
     prompt: tuple[str, ...] = Field(("Once upon a time",), min_length=1)
     """Beginnings of texts that are continued."""
     samples: int = Field(500, ge=1)
@@ -59,13 +59,13 @@ class Config(ContinuationConfig):
     repetition_penalty: float = Field(1.0, gt=0)
     """Factor that lowers the logits of tokens that already occurred; 1 changes nothing."""
     words: tuple[str, ...] = ()
-    """Words or phrases that indicate the concept; empty leaves `concept/words` out."""
+    """Words or phrases that indicate the concept; empty skips `concept/words`."""
     embedding_source: Source | None = scorers.MINILM
-    """Sentence encoder (mean over tokens); null leaves `concept/similarity` out."""
+    """Sentence encoder (mean over tokens); null skips `concept/similarity`."""
     examples: tuple[str, ...] = ()
     """Sentences about the concept, for the similarity; empty compares with the text of `concept`."""
     judge_source: Source | None = None
-    """Causal language model that judges each continuation; null leaves it out."""
+    """Causal language model that judges each continuation; null uses none."""
     question: str = "Text: {text}\n\nIs this text about {concept}? Answer with Yes or No."
     """The question to the judge; {text} and {concept} are replaced."""
     classifier_source: Source | None = None
@@ -80,14 +80,14 @@ class Config(ContinuationConfig):
         if bool(self.classifier_source) != bool(self.classifier_label):
             raise ValueError("classifier_source and classifier_label belong together: one of them is missing")
         if not (self.words or self.embedding_source or self.judge_source or self.classifier_source):
-            raise ValueError("nothing would be scored: set words, embedding_source, judge_source or classifier_source")
+            raise ValueError("no scorer is set: give words, embedding_source, judge_source or classifier_source")
         if not all(text.strip() for text in (*self.prompt, *self.words, *self.examples)):
             raise ValueError("an entry of prompt, words or examples is empty")
         return self
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured; more of the concept is better, as for methods that induce one."""
+    """Return the measures; more of the concept is better, as for methods that induce one."""
     configured = [share("words", "higher")] if config.words else []
     configured += [likeness("similarity")] if config.embedding_source else []
     configured += [share("judged", "higher")] if config.classifier_source or config.judge_source else []
@@ -108,7 +108,7 @@ def check(config: Config, facts: ModelFacts) -> None:
 
 
 def run(model: SteeredModel, config: Config) -> Result:
-    """Continue the prompts at every strength and score how far the continuations are about the concept."""
+    """Continue the prompts at every strength and score the presence of the concept in the continuations."""
     # Loaded before anything is generated, so that a missing model is reported within seconds.
     judge_texts = scorer(config, model.device)
     items = _items(config)
@@ -141,9 +141,9 @@ def scorer(config: Config, device: torch.device | str) -> Scorer:
 
 
 def holds_a_word(words: Sequence[str]) -> scorers.Scorer:
-    """Return the scorer that gives 1 if a text contains one of the words or phrases, else 0."""
+    """Return the scorer that gives 1 if a text contains one of the words or phrases, otherwise 0."""
     forms = sorted({form for word in words for form in inflections(word.lower())}, key=len, reverse=True)
-    # Lookarounds rather than \b: a word of the list may itself begin or end with a mark ("C++").
+    # Lookarounds are used instead of \b, since a word of the list may begin or end with a mark ("C++").
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, forms))})(?!\w)")
     return lambda texts: [float(pattern.search(text.lower()) is not None) for text in texts]
 

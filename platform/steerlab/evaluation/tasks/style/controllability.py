@@ -11,10 +11,10 @@ score at the higher strength and D at the lower one; pairs with equal scores cou
 up raises the score of every item, -1 that it lowers it, 0 that the strength has no consistent effect. An item whose score never
 changes has a tau of 0; a metric that few items change therefore has a tau near 0, even if its curve is smooth. The slope is the
 slope of that curve: if every item has the same weight at all strengths, it is the least-squares slope of the metric over the
-strength (for a perplexity, of its logarithm in nats). Both intervals are bootstrapped over items.
+strength (for a perplexity: of its logarithm in nats). Both intervals are bootstrapped over items.
 
 An item scored at fewer than two strengths is counted as unparsable. tau and slope describe the whole grid; they are stored with
-the metrics of its first strength. With one strength only, they are not reported.
+the metrics of its first strength. With a single strength, they are not reported.
 
 Axis legend: K strengths.
 
@@ -54,7 +54,7 @@ class Config(TaskConfig):
     of: SerializeAsAny[TaskConfig]
     """The other task, with its own rows and seed."""
     metric: str
-    """The metric of the other task that is analysed, by its full name: `toxicity/score`."""
+    """Full name of the other task's metric to analyse: `toxicity/score`."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -95,12 +95,12 @@ def over(tasks: Table[Task]) -> Task:
 
 
 def measures(tasks: Table[Task], config: Config, reported: Sequence[Measure] = ()) -> tuple[Measure, ...]:
-    """Return what is measured: the metric of the other task, its tau and its slope.
+    """Return the measures: the metric of the other task, its tau and its slope.
 
     Args:
         tasks: table of tasks.
         config: the config.
-        reported: measures that the other task reported when it ran, which may say more than those it declares before.
+        reported: measures that the other task reported when it ran, which may be more precise than those declared before.
     """
     name = config.metric.partition("/")[2]
     within = find([*reported, *tasks.of(config.of).measures(config.of)], name) or Measure(name, None)
@@ -116,7 +116,7 @@ def check(tasks: Table[Task], config: Config, facts: ModelFacts) -> None:
         names = [f"{config.of.task}/{measure.name}" for measure in within]
         near = difflib.get_close_matches(config.metric, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"metric: task {config.of.task} has no {config.metric}{hint}; it has {', '.join(names)}")
+        raise ValueError(f"metric: task {config.of.task} has no {config.metric}{hint}; its metrics are {', '.join(names)}")
     try:
         tasks.of(config.of).check(config.of, facts)
     except ValueError as error:
@@ -133,14 +133,14 @@ def run(tasks: Table[Task], model: SteeredModel, config: Config) -> Result:
     inner = config.of.model_copy(update={"strengths": config.strengths})
     within = seeds.pooled(seeds.run(tasks.of(config.of), model, inner))
     measured = [o for o in within.observations if o.metric == config.metric]
-    # `check` accepts a pattern such as lm_eval's `*`; whether the metric exists is known only now.
+    # `check` accepts a pattern such as lm_eval's `*`; whether the metric exists is known only after the run.
     if not measured:
         names = dict.fromkeys(o.metric for o in within.observations)
         near = difflib.get_close_matches(config.metric, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"task {config.of.task} has no metric {config.metric}{hint}; it has {', '.join(names)}")
+        raise ValueError(f"task {config.of.task} has no metric {config.metric}{hint}; its metrics are {', '.join(names)}")
     name = f"controllability/{config.metric.partition('/')[2]}"
-    # Reported again under this task's name: the other task is not in the job's list of tasks.
+    # The metric is reported again under this task's name, since the other task is not in the job's list of tasks.
     observations = [o._replace(metric=name) for o in measured]
     if len(set(config.strengths)) > 1:
         observations += judge(measured, config.strengths[0])
@@ -162,7 +162,7 @@ def judge(measured: Sequence[Observation], headline: float) -> list[Observation]
             scored.append(Point(o.strength, o.value, o.weight))
     observations = []
     for item_id, points in items.items():
-        # Weighted by the item's mean weight over the grid, so that the mean slope is the slope of the metric's curve.
+        # The weight is the item's mean weight over the grid, so that the mean slope is the slope of the metric's curve.
         weight = float(np.mean([point.weight for point in points])) if points else 1.0
         tau, steepness = (TOO_LONG, TOO_LONG) if item_id in long else (kendall(points), slope(points))
         observations.append(observed(_TAU, item_id, tau, headline))
@@ -172,7 +172,7 @@ def judge(measured: Sequence[Observation], headline: float) -> list[Observation]
 
 def kendall(points: Sequence[Point]) -> float | None:
     """Return Kendall's tau-a between strength and score, -1 to 1; None with fewer than two strengths."""
-    # Sorted, so that the first of a pair has the lower strength; pairs of equal strengths say nothing and are left out.
+    # Sorted, so that the first of a pair has the lower strength; pairs of equal strengths are skipped.
     pairs = [(a, b) for a, b in combinations(sorted(points), 2) if a.strength < b.strength]
     return sum((b.score > a.score) - (b.score < a.score) for a, b in pairs) / len(pairs) if pairs else None
 

@@ -9,7 +9,7 @@ compound score lies between -1 (most negative) and 1; the authors call 0.05 and 
     sentiment/empty, sentiment/unfinished, sentiment/repetition, sentiment/letters        see `legibility`
     sentiment/distinct_1..3, sentiment/base_perplexity        see `fluency`
 
-The default prompts are the first words of negative movie reviews from the data that VADER was validated on (scored by people
+The default prompts are the first words of negative movie reviews from VADER's validation data (scored by humans
 from -4 to 4; here those with at most -1). Only the continuation is scored; an empty one cannot be judged.
 """
 
@@ -35,7 +35,7 @@ REVIEWS = (
     "!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 )
 _NEUTRAL = 0.05
-"""Compound scores between -0.05 and 0.05 are neutral (the authors' thresholds)."""
+"""Compound scores between minus and plus this value are neutral (the authors' threshold)."""
 
 
 class Config(ContinuationConfig):
@@ -58,7 +58,7 @@ class Config(ContinuationConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured; no direction is better, because it depends on the user which sentiment is wanted."""
+    """Return the measures; no direction is better, because the wanted sentiment depends on the user."""
     language = (*legibility.measures(always_cut=True), *fluency.measures())
     return (likeness("score", None), share("positive", None), share("negative", None), *language)
 

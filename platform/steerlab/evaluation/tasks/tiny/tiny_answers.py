@@ -1,8 +1,8 @@
-"""Whether the model's answers to requests of the tiny world are right, and of the kind that people there prefer.
+"""Whether the model's answers to requests of the tiny world are right, and of the preferred kind.
 
-Four answers to a request are right: the tool first or the deed first, in a polite or a rude tone. Anything else is broken
-language or a wrong tool. Answers are sampled, because preferences are about what a model says, not only about what it finds
-likelier:
+Four answers to a request are right: the tool first or the deed first, in a polite or a rude tone. All other answers are broken
+language or name a wrong tool. Answers are sampled, because preferences concern the texts that a model generates, not only their
+likelihood:
 
     tiny_answers/right        answers that are one of the four
     tiny_answers/win_rate     answers that are right and polite
@@ -35,7 +35,7 @@ class Config(TaskConfig):
     pairs: Annotated[DataSet, AfterValidator(require_pairs)] = DataSet.model_validate(
         {"source": "tiny:preferences/test", "format": "preference"}
     )
-    """Held-out pairs, of which the requests are answered."""
+    """Held-out pairs, whose requests are answered."""
     max_new_tokens: int = Field(20, ge=1)
     """Longest answer in tokens; a right one has at most 14."""
     temperature: float = Field(1.0, ge=0)
@@ -49,7 +49,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Answer the requests at every strength and judge the answers by the world's grammar."""
-    # The two answers of a pair do not matter here, so a request counts once.
+    # The two answers of a pair are not used, so each distinct request counts once.
     items = {str(item.row["prompt"]): item for item in data_rows(config.pairs, None, 0)}
     requests = choose(list(items), config.limit, config.rows_seed)
     prompts = [model.encoder.conversation(request, "", None) for request in requests]
@@ -65,13 +65,13 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 
 def observe(item_id: str, judged: tiny_grammar.Answer | None, strength: float) -> list[Observation]:
-    """Turn what the grammar says of an answer into observations; a request that it does not know cannot be judged."""
+    """Turn the grammar's judgement of an answer into observations; a request unknown to the grammar cannot be judged."""
     if judged is None:
         return [observed(f"tiny_answers/{name}", item_id, None, strength) for name in ("right", "win_rate", "form")]
     return [
         observed("tiny_answers/right", item_id, float(judged.helps), strength),
         observed("tiny_answers/win_rate", item_id, float(judged.helps and judged.is_polite), strength),
-        # Of right answers alone: a broken one has no form.
+        # The weight restricts the form to right answers, since a broken answer has none.
         Observation("tiny_answers/form", item_id, float(judged.is_preferred_form), float(judged.helps), strength),
     ]
 

@@ -1,14 +1,14 @@
 """Whether the model's continuations are sentences of the tiny world, and what they are about.
 
-The world has a grammar (data/worlds/tiny_grammar.py), so that "too much strength breaks the language" is a number and not an
-impression. A prompt ends within a sentence; this sentence is judged, as the model completes it:
+The world has a grammar (data/worlds/tiny_grammar.py), so that "too much strength breaks the language" is a number instead of an
+impression. A prompt ends within a sentence, which the model completes; this sentence is judged:
 
-    tiny_sentences/sentence    it is one: the right kinds of words in the right order
-    tiny_sentences/coherent    it is one, and about one topic
-    tiny_sentences/about       it is one, and about one of `topics`
+    tiny_sentences/sentence    grammatical sentences: the right kinds of words in the right order
+    tiny_sentences/coherent    grammatical sentences about a single topic
+    tiny_sentences/about       grammatical sentences about one of `topics`
     tiny_sentences/empty, unfinished, repetition, letters        see `legibility`
 
-The sentences before it in the default prompts are about the farm, so a model without a patch goes on about the farm.
+The complete sentences of the default prompts are about the farm, so a model without a patch continues about the farm.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Config(ContinuationConfig):
     topics: tuple[str, ...] = Field(("sea",), min_length=1)
     """Topics that `about` counts: farm, sea, city."""
     prompt: tuple[str, ...] = Field(PROMPTS, min_length=1)
-    """Beginnings of texts that are continued; the last sentence of each is judged."""
+    """Beginnings of texts that are continued; the unfinished sentence of each is judged."""
     samples: int = Field(50, ge=1)
     """Number of continuations of each prompt; `limit` chooses among all of them."""
     max_new_tokens: int = Field(8, ge=1)
@@ -57,7 +57,7 @@ class Config(ContinuationConfig):
     @classmethod
     def _known(cls, topics: tuple[str, ...]) -> tuple[str, ...]:
         if unknown := [topic for topic in topics if topic not in TOPICS]:
-            raise ValueError(f"{unknown[0]!r} is no topic of the tiny world; its topics are {', '.join(TOPICS)}")
+            raise ValueError(f"{unknown[0]!r} is not a topic of the tiny world; its topics are {', '.join(TOPICS)}")
         return topics
 
 
