@@ -14,9 +14,9 @@ without a second model, summed over the tokens of the responses y_w (chosen) and
         + lambda_kl mean_t KL(pi_z || pi_Wh) + lambda_l2 mean_t |a(h_t)|^2
 
 At the start the first term is log 2 and the others are 0. `loss`, `label_smoothing` and `chosen_nll` choose another first term,
-as in DPO (math/pair_losses.py). For a fixed alpha the two heads fold into one, W + alpha W_align, at
-no cost at inference; without folding alpha may differ from row to row. The method is GenARM (arXiv 2410.08193) with a reward
-model that is a head on the base's own hidden states.
+as in DPO (math/pair_losses.py). For a fixed alpha the two heads fold into one, W + alpha W_align, at no cost at inference;
+without folding alpha may differ from row to row. The method is GenARM (arXiv 2410.08193) with a head on the base's own hidden
+states as the reward model.
 
 Departures from the authors' code:
 - W is the model's own head, frozen; the seed trains a randomly initialised copy of it, so that alpha = 0 would be noise;
@@ -167,10 +167,9 @@ class Iav(PatchAlone):
         """Return the number of the head's parameters, and the bytes of one chunk of logits with what is computed from it."""
         vocab_size, width = models.linear_shape(models.head(skeleton))
         linear = config.head == "linear"
-        # up is V x K; low_rank and mlp add down, K x D.
-        trained = vocab_size * width if linear else config.rank * (vocab_size + width)
-        # A chunk of logits needs about six float32 tensors: base, vector, sum, and their softmaxes and gradients. The model's
-        # own logits are in the chunks (`holds_logits`), so that a (B, T, V) tensor is not counted.
+        # up is V x K; low_rank and mlp add down, K x D, and mlp has a bias, K.
+        trained = vocab_size * width if linear else config.rank * (vocab_size + width + (config.head == "mlp"))
+        # A chunk of logits needs about six float32 tensors: base, vector, sum, and their softmaxes and gradients.
         return Size(trained, 6 * 4 * scoring.CHUNK_LOGITS)
 
     def _cached(self, batch: Batch, tokens: Predicted) -> States:

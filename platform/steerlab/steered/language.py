@@ -1,8 +1,8 @@
 """A language model with its patches: it generates text, scores texts and returns internal values.
 
 Decoding is batched and cached. Each call of the model gets the role of every token, so that patches which depend on roles act
-correctly on the prompt and in each decoding step. Each prompt samples from a random generator of its own, so that its
-continuation depends on other prompts and strengths of a batch only by rounding.
+on the prompt and in each decoding step. Each prompt has a random generator of its own, so that its continuation depends on the
+rest of the batch only by rounding.
 
 Axes besides those of tokens.py: S strengths, N chosen tokens, H attention heads.
 """
@@ -253,8 +253,7 @@ class SteeredModel(Steered):
         """Yield the attention weights of each conversation, computed by the eager kernel, with patches.
 
         Yields:
-            Weights (L, H, T, T) in float32, where row t holds the weights with which token t attends to each token, and the
-            encoded conversation.
+            Weights (L, H, T, T) in float32, row t those with which token t attends to each token; the encoded conversation.
 
         Raises:
             ValueError: the model does not return attention weights for every layer, or a conversation does not fit.
@@ -274,8 +273,7 @@ class SteeredModel(Steered):
         return Decoding(self.model, batch.patched_inputs, written, strength_B, self._strengths)
 
     def _prefilled(self, waiting: list[Waiting]) -> Decoding:
-        # The batch is padded on the left, so that the last token of every row is in the last column, from which the next one is
-        # predicted.
+        # Padded on the left, the batch has the last token of every row in its last column, which predicts the next one.
         batch = collate([one.row for one in waiting], self.encoder.pad_id, side="left").to(self.device)
         return self.prefill(batch, torch.tensor([one.strength for one in waiting]))
 
