@@ -162,7 +162,7 @@ def test_activations_of_another_model_are_refused(written: Path) -> None:
 
 
 def test_what_is_no_directory_of_activations_is_refused(tmp_path: Path, written: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no parts.json"):
+    with pytest.raises(ValueError, match=r"parts.json is missing"):
         Activations.open(tmp_path)
     pq.write_table(pa.table({"x": [1]}), written / "part-00001.parquet")
     facts = json.loads((written / "parts.json").read_text())

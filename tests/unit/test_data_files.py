@@ -121,7 +121,7 @@ def test_arrow_data_are_read(tmp_path: Path, is_file: bool) -> None:
     put(folder, "state.json", {"_split": None})
     assert texts(str(folder)) == ["one", "zwölf"]
     path.write_bytes(path.read_bytes()[:150])
-    with pytest.raises(SourceError, match=r"arrow is not Arrow data, or not whole"):
+    with pytest.raises(SourceError, match=r"arrow is not Arrow data, or is incomplete"):
         texts(str(path))
 
 
@@ -189,7 +189,7 @@ def test_columns_without_a_name_are_no_fields(tmp_path: Path) -> None:
         ("a.json", "\n", "has no rows"),
         ("a.csv", "text\n", "has no rows"),
         ("a.jsonl.gz", gzip.compress(b"", mtime=0), "has no rows"),
-        ("a.parquet", b"", r"a\.parquet is not a Parquet file, or not whole"),
+        ("a.parquet", b"", r"a\.parquet is not a Parquet file, or is incomplete"),
         ("a.jsonl", "[" * 100_000 + "]" * 100_000, "a.jsonl is nested too deeply"),
         ("a.jsonl", '{"text": "a"}\n{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "a.jsonl line 2 is nested too deeply"),
         ("a.json", '{"a":' * 100_000, "a.json is nested too deeply"),

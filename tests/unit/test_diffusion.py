@@ -273,7 +273,7 @@ def test_other_weights_of_the_denoiser_take_the_place_of_its_own(digits_dir: Pat
     with pytest.raises(ValueError, match="weights of another denoiser"):
         pipeline(digits_dir, denoiser=str(tmp_path / "other.safetensors"))
     torch.save({}, tmp_path / "unet.bin")
-    with pytest.raises(ValueError, match="no pickle"):
+    with pytest.raises(ValueError, match="not from a pickle"):
         pipeline(digits_dir, denoiser=str(tmp_path / "unet.bin"))
 
 
@@ -287,7 +287,7 @@ def test_a_class_is_a_prompt_of_a_pipeline_of_classes(tmp_path: Path) -> None:
 
 
 def test_a_word_that_the_model_does_not_know_is_refused(digits_dir: Path) -> None:
-    with pytest.raises(ValueError, match="knows no 'huge', but thin, bold, zero"):
+    with pytest.raises(ValueError, match="does not know 'huge'; known words: thin, bold, zero"):
         drawn(pipeline(digits_dir), what=[Drawing("huge three", 0, 64)])
 
 

@@ -86,7 +86,7 @@ def test_seeds_replace_the_seed_and_choose_the_rows_once() -> None:
     assert struq.Config(source="a.json").rows_seed == 42 and "seeds" not in struq.Config(source="a.json").model_dump()
     for wrong, said in (
         ({"seed": 7, "seeds": [1, 2]}, "seed 7: the task is run with `seeds`"),
-        ({"seeds": [1, 1]}, "stands twice"),
+        ({"seeds": [1, 1]}, "a repeated seed"),
     ):
         with pytest.raises(ValidationError, match=said):
             struq.Config.model_validate({"source": "a.json", **wrong})

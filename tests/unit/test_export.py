@@ -117,7 +117,7 @@ def test_plain_diffusers_draws_what_the_patched_pipeline_draws(
 @pytest.mark.parametrize(
     ("name", "modules", "sampler", "reason"),
     [
-        ("digits", NORMS, {"steps": 3, "steer": [0, 2]}, r"act in the steps \[0, 2\] of 3 alone \(sampler.steer\)"),
+        ("digits", NORMS, {"steps": 3, "steer": [0, 2]}, r"act in the steps \[0, 2\] of 3 only \(sampler.steer\)"),
         ("digits", NORMS, {"steps": 2, "guidance": 2.0}, r"at guidance 2 the half without a prompt is not steered"),
         ("sd", r"unet\..*resnets\.\d", {"steps": 1}, "is a ResnetBlock2D: only the map of a linear layer, a convolution or a"),
         ("sd", r"unet\..*to_q", {"steps": 1}, r"to_q has no bias, and the config of .* cannot give it one"),
@@ -295,7 +295,7 @@ def test_the_command_line_draws_and_says_what_went_wrong(bases: dict[str, Path],
     for file in ("0.000_2.000/3.png", "1.000_2.000/3.png", "sheet_2.000.png", "strengths_2.000.gif"):
         assert (tmp_path / "images" / file).is_file()
     unknown = runner.invoke(cli.app, [*draw, "--prompt", "coat"])
-    assert unknown.exit_code == 2 and "knows no 'coat'" in unknown.output
+    assert unknown.exit_code == 2 and "does not know 'coat'" in unknown.output
     # Saved again, and not changed in place: a changed file is refused for its sum.
     patch, about = patches.load(artifact / "patch"), json.loads((artifact / "patch/patch.json").read_text())
     patch.load_state_dict({name: torch.full_like(value, torch.nan) for name, value in patch.state_dict().items()})

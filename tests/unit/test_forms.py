@@ -343,7 +343,7 @@ def test_conversations_of_every_form_become_messages(read: Any, row: dict[str, A
         ({"messages": [HI, {"role": "assistant", "content": None, "tool_calls": []}]}, r"messages\.1\.content is null"),
         (
             {"messages": [HI, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
-            r"messages\.1 asks for tools",
+            r"messages\.1 calls tools",
         ),
         (
             {"messages": [says("user", [{"type": "image_url", "image_url": "x"}]), HO]},

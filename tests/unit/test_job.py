@@ -64,7 +64,7 @@ def test_angles(path: Path, text: str, expected: float) -> None:
         ("train.steps=0", r"train.steps: Input should be greater than or equal to 1 \(given: 0\)"),
         ("train.steps=null", r"train: steps: this key is required, or epochs"),
         ("train.epochs=3", r"train: steps 3 and epochs 3 both set the length of the training"),
-        ("train={steps: 3, warmup_steps: 1, warmup_ratio: 0.5}", r"train: warmup_ratio 0.5 and warmup_steps 1 both say"),
+        ("train={steps: 3, warmup_steps: 1, warmup_ratio: 0.5}", r"train: warmup_ratio 0.5 and warmup_steps 1 both set"),
         ("train.patience=2", r"train: patience 2 counts evaluation losses: set eval_every"),
         ("train.lr=-1", r"train.lr: Input should be greater than 0"),
         ("scale.zero_stage=4", r"scale.zero_stage: Input should be 0, 1, 2 or 3 \(given: 4\)"),
@@ -247,7 +247,7 @@ def test_a_base_job_is_inlined_with_every_default(path: Path) -> None:
 
 def test_jobs_that_build_on_each_other_in_a_circle(path: Path) -> None:
     path.write_text(yaml.safe_dump({**GOOD, "model": {"source": "job:a.yaml"}}))
-    with pytest.raises(job.JobError, match="goes in a circle"):
+    with pytest.raises(job.JobError, match="forms a circle"):
         job.read(path, JobType)
 
 

@@ -92,9 +92,9 @@ def test_rows_of_a_step_are_a_function_of_data_seed_and_step(mixture: Any) -> No
 def test_weights_that_say_nothing_are_refused(mixture: Any) -> None:
     one = {"source": "tiny:topics/train", "format": "text"}
     for match, fields in (
-        (r"weight: also\.1 has none", {"weight": 1, "also": [{**one, "weight": 1}, one]}),
-        (r"weight: this data set has none", {"also": [{**one, "weight": 1}]}),
-        (r"cannot be one itself", {"weight": 1, "also": [{**one, "weight": 1, "also": [{**one, "weight": 1}]}]}),
+        (r"weight: also\.1 has no weight", {"weight": 1, "also": [{**one, "weight": 1}, one]}),
+        (r"weight: this data set has no weight", {"also": [{**one, "weight": 1}]}),
+        (r"cannot be a mixture itself", {"weight": 1, "also": [{**one, "weight": 1, "also": [{**one, "weight": 1}]}]}),
         (r"mixed_rows applies to a mixture", {"mixed_rows": 5, "also": [one]}),
         (r"greater than 0", {"weight": 0, "also": [{**one, "weight": 1}]}),
     ):

@@ -369,7 +369,7 @@ def test_paths_that_are_no_file(tmp_path: Path) -> None:
     (tmp_path / "latin.py").write_bytes(b"# \xe9")
     for path, reason in [
         (tmp_path / "none.py", "the file does not exist"), (tmp_path, "a folder, not a file"), (tmp_path / "pipe.py", "pipe"),
-        ("a\0b", "null"), (tmp_path / "latin.py", "no UTF-8 text"), ("~nobody_here/x.py", "no path"),
+        ("a\0b", "null"), (tmp_path / "latin.py", "not UTF-8 text"), ("~nobody_here/x.py", "not a path"),
     ]:  # fmt: skip
         assert reason in refusal({"file": str(path)}), path
     for wrong in (5, None, "", ["a.py"], {"a": 1}):
@@ -467,7 +467,7 @@ def test_packages_register_methods_and_tasks(tmp_path: Path) -> None:
     assert method["package"] == task["package"] == said[0].removeprefix("method half_way: ") and method["share"] == 0.25
     assert "their-code==1.2: their_code:METHOD has the name half_way; register it under that name" in lines[0]
     assert "nowhere:METHOD fails: ModuleNotFoundError" in lines[1]
-    assert "their_code:TASK_ is a int, no Method" in lines[2]
+    assert "their_code:TASK_ is a int, not a Method" in lines[2]
     assert "their-code==1.2" in lines[4]
 
 

@@ -100,7 +100,7 @@ def test_rows_are_read_filtered_and_named_in_messages(tmp_path: Path) -> None:
     assert len(read(equals={"source": "a"}, distinct=True)) == 1
     with pytest.raises(ValueError, match=r"pairs\.json row 4: chosen and rejected are the same text"):
         read()
-    with pytest.warns(UserWarning, match=r"pairs\.json: 1 of 4 rows are no pairs, left out"):
+    with pytest.warns(UserWarning, match=r"pairs\.json: 1 of 4 rows are no pairs and were skipped"):
         assert len(read(skip_bad=True, limit=4)) == 3
     path.write_text(json.dumps([bad]))
     with pytest.raises(ValueError, match="row 1: chosen and rejected are the same text"):
@@ -114,7 +114,7 @@ def test_the_loss_of_pairs_is_that_of_their_responses() -> None:
         DataSet.model_validate({"source": "a", "format": "preference", "loss_on": "all"})
     with pytest.raises(ValidationError, match=r"pairs belong in data\.preference"):
         DataConfig(train=data)
-    with pytest.raises(ValidationError, match="rows of format instruction do not belong there"):
+    with pytest.raises(ValidationError, match="rows of format instruction are not valid here"):
         DataConfig(preference=DataSet(source="a"))
 
 

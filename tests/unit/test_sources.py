@@ -113,7 +113,7 @@ def test_parse_takes_every_form_apart() -> None:
         ("hf:a/b/c", "is not hf:owner/name"),
         ("gym:gsm_symbolic", r"is not gym:NAME\?seed=N&size=N"),
         ("gym:gsm_symbolic?seed=0&size=0", r"is not gym:NAME\?seed=N&size=N"),
-        ("gym:sudoku?seed=0&size=1", "no generator 'sudoku' here, only gsm_symbolic"),
+        ("gym:sudoku?seed=0&size=1", "unknown generator 'sudoku'; valid: gsm_symbolic"),
         ("job:other.yaml", "model of another job"),
         ("", "empty"),
     ],

@@ -232,7 +232,7 @@ def compiled_in_place_of(path: Path, text: str) -> None:
     [
         ("s3://", r"'s3://' names no bucket or host"),
         ("gym:gsm_symbolic?seed=0&size=999999999999", r"with a size below 10,000,000"),
-        ("/", r"/ means more than 100,000 files and folders|/ is a directory of|is a directory that holds no data"),
+        ("/", r"/ matches more than 100,000 files and folders|/ is a directory of|is a directory that holds no data"),
     ],
 )
 def test_a_source_of_everything_is_refused(source: str, message: str) -> None:
@@ -241,9 +241,9 @@ def test_a_source_of_everything_is_refused(source: str, message: str) -> None:
 
 
 def test_what_would_be_drawn_for_ever_is_refused_with_the_arithmetic() -> None:
-    with pytest.raises(ValueError, match=r"limit is 1000000000000: at most 10,000,000 rows of instructions/train are made up"):
+    with pytest.raises(ValueError, match=r"limit is 1000000000000: the maximum for instructions/train is 10,000,000 rows"):
         tiny.rows("instructions/train", 10**12)
-    with pytest.raises(ValueError, match=r"draw each text 1,000,000,000 times; at most 100,000"):
+    with pytest.raises(ValueError, match=r"draw each text 1,000,000,000 times; the maximum is 100,000"):
         DataSet(source="a.txt", format="text", seeds=(0, 1_000_000_000))
 
 

@@ -277,7 +277,7 @@ def llama(**sizes: int) -> tuple[bytes, ...]:
 
 ONE = (tensor("x.weight", (8,)),)
 GGUFS: dict[str, tuple[bytes, str]] = {
-    "array": (gguf_of(key("a", 9, struct.pack("<IQ", 0, 2**62))), "has 4,611,686,018,427,387,904 items"),
+    "array": (gguf_of(key("a", 9, struct.pack("<IQ", 0, 2**62))), "claims 4,611,686,018,427,387,904 items"),
     "array beyond the file": (gguf_of(key("a", 9, struct.pack("<IQ", 10, 1_000_000))), "ends at byte"),
     "texts beyond the file": (gguf_of(key("a", 9, struct.pack("<IQ", 8, 1_000_000))), "ends at byte"),
     "arrays of arrays": (gguf_of(key("a", 9, struct.pack("<IQ", 9, 1) * 100_000)), "an array of type 9"),
@@ -377,9 +377,9 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "numbers of classes": ({"id2label": {"7": "toxic", "9": "ok"}}, "id2label numbers its classes 7, 9"),
     "list of classes": ({"id2label": ["ok", "toxic"]}, "config.json cannot be read"),
     "names of classes": ({"id2label": {"a": "toxic"}}, "config.json cannot be read"),
-    "unknown": ({"model_type": "nope"}, "model_type 'nope' is none that"),
-    "no type": ({"model_type": None}, "model_type None is none that"),
-    "list of types": ({"model_type": ["bert"]}, r"model_type \['bert'\] is none that"),
+    "unknown": ({"model_type": "nope"}, "model_type 'nope' is not supported by"),
+    "no type": ({"model_type": None}, "model_type None is not supported by"),
+    "list of types": ({"model_type": ["bert"]}, r"model_type \['bert'\] is not supported by"),
     "code": (
         {"model_type": "zzz", "auto_map": {"AutoConfig": "x.Y"}},
         "comes with the checkpoint, which no task runs",

@@ -194,7 +194,7 @@ def test_rows_that_are_only_read_for_activations_are_not_held_against_the_length
 def test_a_bad_row_behind_those_that_were_tried_is_named_by_its_data_set(tmp_path: Path) -> None:
     rows = [*ROWS, THOUGHT]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=r"rows.json: row 3: the chat template .*; skip_bad: true skips such rows"):
+    with pytest.raises(ValueError, match=r"rows.json: row 3: the chat template .*; skip_bad: true leaves such rows out"):
         load_rows(DataSet(source=str(tmp_path / "rows.json")), Encoder(family("qwen3").tokenizer), 100)
 
 
@@ -324,7 +324,7 @@ def test_only_training_data_mix_formats(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="skip_bad: the rows of a mixture by weights are read as one"):
         DataSet.model_validate({**mixed, "weight": 1.0, "also": [alike]})
     lone = {"task": "perplexity", "data": {"source": "tiny:texts/test", "format": "text", "weight": 2.0}}
-    with pytest.raises(ValueError, match=r"evaluate.0.data: weight 2: there is no other data set to mix with"):
+    with pytest.raises(ValueError, match=r"evaluate.0.data: weight 2: there is nothing to mix with"):
         run.check(Plan.of(job_of(model_of("smollm2", tmp_path / "n"), tmp_path, ROWS, evaluate=[lone])))
     tree = {"task": "perplexity", "data": mixed}
     wanted = job_of(model_of("smollm2", tmp_path / "m"), tmp_path, ROWS, evaluate=[tree])

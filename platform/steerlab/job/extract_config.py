@@ -19,7 +19,7 @@ class ExtractConfig(Frozen):
     select: Selection = Selection()
     """Modules and tokens that are read."""
     pooling: tuple[Pooling, ...] = Field(("mean",), min_length=1)
-    """How the vectors of a row's selected tokens are reduced to one; `none`, which cannot be combined, stores one per token.
+    """Reduction of the vectors of a row's selected tokens to one; `none`, which cannot be combined, stores one per token.
     Padding never counts."""
     keep: Literal["rows", "moments"] = "rows"
     """rows: one Parquet row per text (or token); moments: only count, mean and variance of each neuron over all rows."""

@@ -55,7 +55,7 @@ class Job(Frozen):
     """Strength of the patch in the headline metrics of every task; a task that names several `strengths` reports those too.
     0 evaluates only the model without its patch; null uses the strengths of each task, or of `choose`."""
     choose: ChooseConfig | None = None
-    """How the strength is chosen on development rows; null evaluates the strengths of each task."""
+    """Choice of the strength on development rows; null evaluates the strengths of each task."""
     evaluate: tuple[SerializeAsAny[TaskConfig], ...] = ()
     """Tasks that are run on the result."""
     track: TrackConfig = TrackConfig()

@@ -76,7 +76,7 @@ class ModelConfig(Frozen):
     trust_remote_code: bool = Field(False, exclude_if=lambda trusts: not trusts)
     """Run Python code that comes with the checkpoint, which may do anything; false refuses a checkpoint that needs it."""
     sampler: SamplerConfig | None = Field(None, exclude_if=lambda sampler: sampler is None)
-    """How images are sampled (kind diffusion); null takes the defaults."""
+    """Sampling of images (kind diffusion); null takes the defaults."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

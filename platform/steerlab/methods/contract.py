@@ -15,7 +15,7 @@ WholeModel      the model's own weights
 PatchedModel    the model's own weights, and a patch that trained with them (ASIDE's rotation)
 PatchAlone      a patch only; the weights of the model that it started from stay as they are on disk
 
-This file is longer than others, because the author of a method reads all of it.
+This file is longer than others because the author of a method reads all of it.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ class Trainee(nn.Module):
     @classmethod
     # 1 suits losses that are means within a row: a long pair then weighs as much as a short one.
     def counts(cls, row: Row, loss_on: str) -> int:
-        """Return what a row adds to the divisor of the loss: its target tokens; override it with 1 for pairs or images."""
+        """Return the part of a row in the divisor of the loss, its number of target tokens; override it with 1 for pairs or
+        images."""
         # A class method, because the divisor of a step is known from its rows, before any of them is encoded into a batch.
         return sum(row.targets(loss_on))
 

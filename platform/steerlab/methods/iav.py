@@ -88,8 +88,7 @@ class Config(pair_losses.PairLossConfig):
     """Use means over a response's tokens instead of sums, as the seed does: long responses weigh no more than short ones."""
     reference_free: bool = Field(False, exclude_if=lambda free: not free)
     """Omit log pi_Wh from the margin, as the seed does; only the penalties then keep the policy near the base."""
-    # The cache has (N, D) numbers in the model's dtype: 8 KB a token at D 4,096 in bfloat16, for every response token of the
-    # data.
+    # The cache has (N, D) numbers in the model's dtype: 8 KB a token at D 4,096 in bfloat16, for every response token.
     cache: bool = False
     """Compute the hidden states of all response tokens once and store them on disk in the model's dtype, where the training
     reads them. The loss of data.validation still runs the model."""
@@ -124,8 +123,7 @@ class Iav(PatchAlone):
         self._check_head()
         self._cache = Parts.open(inputs.prepared["hidden"]) if "hidden" in inputs.prepared else None
         if self._cache is not None:
-            # States of another checkpoint have the same shapes and would train without an error, so the fingerprints of the
-            # weights are compared.
+            # States of another checkpoint have the same shapes and would train without an error, so fingerprints are compared.
             check_cache(self._cache, model)
 
     def forward(self, batch: Batch) -> Loss:
@@ -147,8 +145,7 @@ class Iav(PatchAlone):
         # Differences are taken token by token and then summed, (N,) to (P,).
         pairs = pair_losses.compare(scores.log_prob_N, reference_N, tokens, config.beta, config.length_average)
         loss_P = pair_losses.total(pairs, pair_losses.loss(pairs.margin_P, config.beta, config), config)
-        # KL(pi_z || pi_Wh) and |a|^2 of each token are by-products of the chunked pass (`scoring.compared`), so that a second
-        # softmax is not needed.
+        # KL(pi_z || pi_Wh) and |a|^2 of each token are by-products of the chunked pass (`scoring.compared`).
         kl_P, square_P = (pair_losses.mean_of_pairs(x_N, tokens) for x_N in (scores.kl_N, scores.square_N))
         # The penalties are means over both responses of a pair, so that all three terms of L in the module docstring are summed
         # over pairs. A zero weight multiplies a finite number.
@@ -274,8 +271,7 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
     Raises:
         ValueError: the model has no such layer, or its logits are not what its head gives.
     """
-    # The architecture is checked before hours of preparation; `_check_head` later runs the loaded model, whatever its
-    # architecture is.
+    # The architecture is checked before hours of preparation; `_check_head` later runs the loaded model in any case.
     models.check_head(skeleton)
     num_layers = len(models.layer_names(skeleton))
     # The skeleton has the number of layers, so that the job is refused before anything is computed.

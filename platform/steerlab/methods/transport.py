@@ -164,7 +164,7 @@ def gaussian_map(source_ND: Tensor, target_MD: Tensor, min_std: float = 1e-4) ->
 
 
 def _is_constant(source_ND: Tensor, target_MD: Tensor, min_std: float) -> Tensor:
-    """Return which neurons have a standard deviation below `min_std` on the source or on the target, (D,) bool."""
+    """Return a mask of the neurons with a standard deviation below `min_std` on the source or on the target, (D,) bool."""
     # Both sides are tested: a neuron that is constant on the target would be mapped to that constant (std2 / std1 near 0),
     # which erases it.
     return (source_ND.double().std(0) < min_std) | (target_MD.double().std(0) < min_std)

@@ -91,7 +91,7 @@ class Config(MethodConfig):
     """Tokens whose loss gives the importance: labelled: those that the data set's loss_on names (paper: the response);
     prompt: those of the prompt alone."""
     mask_unit: Unit = Field("entry", exclude_if=lambda unit: unit == "entry")
-    """What is frozen as a whole: entry: a coefficient (paper); row: an output; column: a basis direction. A row or column has
+    """Unit that is frozen: entry: a coefficient (paper); row: an output; column: a basis direction. A row or column has
     the Euclidean norm of its importance."""
     spare_ratio: float | None = Field(None, ge=0, le=1, exclude_if=lambda ratio: ratio is None)
     """Share of the coefficients with the largest importance on data.utility that is not frozen, even if it matters for safety

@@ -105,7 +105,7 @@ def _responses(scores: Scores, tokens: Predicted) -> list[Response]:
 
 
 class Effect(NamedTuple):
-    """How the patch changes the prediction of one token of a response."""
+    """Change of the prediction of one token of a response by the patch."""
 
     token: str
     """The token of the response, as text."""
@@ -149,7 +149,7 @@ def explain(model: SteeredModel, conversation: Conversation, *, num: int = 10, s
 
 
 class Moved(NamedTuple):
-    """How far one token's logit moves, over all places."""
+    """Change of one token's logit, over all places."""
 
     token: str
     """The token, as text."""

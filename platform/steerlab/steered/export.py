@@ -27,7 +27,7 @@ STRENGTH = "strength.json"
 
 
 class Exported(NamedTuple):
-    """How the exported folder is used."""
+    """Code that uses the exported folder, and the outcome of the merge."""
 
     lines: str
     """Python code that loads the folder."""

@@ -36,7 +36,7 @@ _SHARE = 0.1
 
 
 class Written(NamedTuple):
-    """How the exported folder is used."""
+    """Code that uses the exported folder, and its difference to the patched model."""
 
     lines: str
     """Commands or Python code that use it, as a Markdown block."""

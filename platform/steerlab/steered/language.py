@@ -169,11 +169,9 @@ class SteeredModel(Steered):
         encoded = list(self.encoder.encode_all(prompts, continued=True))
         fitting = batching.fitting(encoded, max_new_tokens, self.max_tokens, skip_long=skip_long)
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
-        # Random numbers belong to the prompt's number in the call instead of its row in a batch, so that they are the same for
-        # all strengths, whatever else is in the batch.
+        # The prompt's number in the call decides, not its row in a batch, so that all strengths get the same random numbers.
         drawn_PN = uniforms(fitting, max_new_tokens, seed) if temperature and fitting else [None] * len(fitting)
-        # The loop over prompts is outside, so that the strengths of one prompt, rows of equal length, share a batch without
-        # padding.
+        # The loop over prompts is outside, so that the strengths of one prompt share a batch without padding.
         waiting = [
             Waiting((s, p), encoded[p], strength, drawn_N)
             for p, drawn_N in zip(fitting, drawn_PN, strict=True)

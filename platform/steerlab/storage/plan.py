@@ -249,7 +249,7 @@ def _ensure(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) 
 
 
 class Made(saved.Shape):
-    """How an artifact was made, according to its manifest."""
+    """Origin of an artifact, according to its manifest."""
 
     params: JsonObject
     seconds: float
@@ -257,7 +257,7 @@ class Made(saved.Shape):
 
 
 def made(store: Store, stage: str, key: str) -> Made:
-    """Return how an artifact was made.
+    """Return the origin of an artifact.
 
     Raises:
         ValueError: the manifest is damaged.

@@ -50,7 +50,7 @@ def _commit(source: Source, repo_type: RepoType) -> str:
 
 
 def _asked(ask: Callable[[], _T]) -> _T:
-    """Return what a function gets from the hub, repeating the request with a warning when the hub is busy or does not answer.
+    """Return the result of a request to the hub, repeating the request with a warning when the hub is busy or does not answer.
 
     Raises:
         The error of the last try.

@@ -69,7 +69,7 @@ def _far_from_damage(rng: random.Random) -> Deed:
 
 
 def price(deed: Deed) -> int:
-    """Return what a deed costs, from 1 to 13 coins: a number for the verb and one for the thing, added."""
+    """Return the price of a deed, from 1 to 13 coins: a number for the verb and one for the thing, added."""
     verb, thing, _ = deed
     # The positions are those in the word's own table, so a harmful and a harmless verb may have the same number.
     verbs, things = DAMAGE if verb in DAMAGE else CARE, PROPERTY if thing in PROPERTY else TRIFLES

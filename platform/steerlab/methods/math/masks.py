@@ -15,7 +15,7 @@ from torch import Tensor
 _LOW_BITS = 16
 """Bits of a float32 that the second of two counting passes looks at; the first one looks at the other 16."""
 Unit = Literal["entry", "row", "column"]
-"""What a mask takes as a whole: a coefficient, an output (a row of W U), or a basis direction (a column of W U)."""
+"""Unit of a mask: a coefficient, an output (a row of W U), or a basis direction (a column of W U)."""
 
 
 def frozen(

@@ -39,7 +39,7 @@ class _Params(Frozen, extra="ignore"):
 
 @dataclass(frozen=True)
 class Block:
-    """What the linear layers of one decoder block have computed for one query, and their weights."""
+    """Values that the linear layers of one decoder block have computed for one query, and their weights."""
 
     model: PreTrainedModel
     layer: Mapping[str, WeightPlace]

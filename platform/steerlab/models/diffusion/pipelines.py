@@ -263,7 +263,7 @@ class Diffusion(nn.Module):
 
 
 def _finite(value_R: Tensor) -> Tensor:
-    """Return which rows hold neither NaN nor infinity, (R,)."""
+    """Return a mask of the rows without NaN and infinity, (R,)."""
     return value_R.detach().flatten(1).isfinite().all(1)
 
 

@@ -54,7 +54,7 @@ class ControlVector(NamedTuple):
 
 
 def of_patch(patch: SavedPatch, model: PreTrainedModel, strength: float = 1.0) -> dict[int, Tensor]:
-    """Return what a patch adds to the output of each decoder layer, by the number of the layer.
+    """Return the vector that a patch adds to the output of each decoder layer, by the number of the layer.
 
     Args:
         patch: The patch.
