@@ -132,7 +132,7 @@ def test_push_writes_views_and_a_report(server: standin.Standin) -> None:
 def test_wrong_requests(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected ENTITY/PROJECT"):
         workspaces.push({}, "tests")
-    with pytest.raises(ValueError, match="has no definition asid; there are overview"):
+    with pytest.raises(ValueError, match="has no definition asid; it has overview"):
         workspaces.load(FOLDER, ["asid"])
     with pytest.raises(ValueError, match="has no definition at all"):
         workspaces.load(tmp_path)

@@ -51,7 +51,7 @@ def test_sentences_are_judged_where_the_prompt_ends(encoder: Encoder) -> None:
 
 
 def test_an_unknown_topic_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"'forest' is no topic of the tiny world; its topics are farm, sea, city"):
+    with pytest.raises(ValidationError, match=r"'forest' is not a topic of the tiny world; its topics are farm, sea, city"):
         tiny_sentences.Config(topics=("sea", "forest"))
 
 

@@ -115,7 +115,7 @@ def test_published_files_are_read_as_they_are(steered, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"prompts_source: .* has no prompt single-math-v1"):
         mt_bench.gradings(mt_bench.Config.model_validate({**fields, "prompts_source": short, "judge_source": "a"}))
     wrong = lines(tmp_path / "one.jsonl", [{"question_id": 1, "turns": ["only one"]}])
-    with pytest.raises(ValueError, match="source: question 1: turns are a list of two texts"):
+    with pytest.raises(ValueError, match="source: question 1: turns must be a list of two texts"):
         mt_bench.load(mt_bench.Config(source=wrong, judge_source="a"))
 
 

@@ -107,7 +107,7 @@ def test_a_scorer_s_own_fields_are_set_on_the_command_line(tmp_path: Path) -> No
         (["--task", "sentimnt"], "did you mean 'sentiment'"),
         (["--task", "sentiment", "--text", "other"], "has no column 'other': name one with --text; it has response"),
         (["--task", "sentiment", "--set", "thresold=1"], "--task: thresold: unknown key"),
-        (["--task", "math"], "item 0 has nothing in a column 'solution', by which this task judges; it has response"),
+        (["--task", "math"], "item 0 has no value in the column 'solution', which this task needs; it has response"),
         ([], "does not say which task wrote it: name one with --task"),
         (["--task", "sentiment", "-o", "rows.jsonl"], "is the judged file itself"),
     ],
