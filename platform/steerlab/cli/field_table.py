@@ -133,7 +133,9 @@ def _type(field: _Schema) -> str:
 def _referred(reference: str) -> str:
     name = reference.rpartition("/")[2]
     section = next((section for section, config in SECTIONS.items() if config.__name__ == name), None)
-    return f"[{section}](#{section.replace(' ', '-').replace('.', '')}-section)" if section else f"a {name.lower()}"
+    if section is None:
+        return f"{'an' if name[0] in 'AEIOU' else 'a'} {name.lower()}"
+    return f"[{section}](#{section.replace(' ', '-').replace('.', '')}-section)"
 
 
 def _number(field: _Schema) -> str:
