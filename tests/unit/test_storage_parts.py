@@ -104,6 +104,9 @@ def test_a_claim_of_another_machine_counts_and_one_of_a_dead_process_here_does_n
         # The lock of a process that died is free.
         monkeypatch.setattr(files, "is_locked", lambda path: False)
         assert not claims.is_held(store, "train-aa") or not store.is_local
+        # A process with another cache has another lock file for a bucket, and none that says whether this holder lives.
+        monkeypatch.setenv("STEERLAB_CACHE", "/nowhere/cache")
+        assert claims.is_held(store, "train-aa") == (not store.is_local)
         # Locks of another machine cannot be seen from here.
         monkeypatch.setattr(files, "kernel", lambda: "of another machine")
         assert claims.is_held(store, "train-aa")

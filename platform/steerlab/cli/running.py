@@ -195,7 +195,7 @@ def submit(
     samples: Annotated[
         int | None, typer.Option(min=1, help="For a sweep: points to draw, or how often a grid is repeated.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="For a sweep: training seeds of every trial.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="For a sweep: number of training seeds of every trial.")] = None,
     at_once: Annotated[int | None, typer.Option(min=1, help="For a sweep: largest number of trials at a time.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest sweep of this job over this space.")] = False,
     set_: SetOption = None,
@@ -237,7 +237,9 @@ def progress(quiet: bool) -> Iterator[plan.Listener]:
     def reported(stage: plan.Stage, metrics: dict[str, float]) -> None:
         nonlocal printed_s, printed
         done, total = (metrics["step"], metrics["steps"]) if "step" in metrics else (metrics["done"], metrics["total"])
-        loss = f"loss {metrics['train/loss']:.4f}" if "train/loss" in metrics else "skipped"  # train.skip_steps
+        # A step that is skipped because its loss jumped has a finite loss, too.
+        is_taken = "train/loss" in metrics and not metrics.get("train/skipped")
+        loss = f"loss {metrics['train/loss']:.4f}" if is_taken else "skipped"
         note = f"{loss}, {metrics.get('steps_per_s', 0):.2f} steps/s" if "step" in metrics else ""
         if stage.key not in tasks:
             tasks[stage.key] = bar.add_task(escape(texts.plain(f"{stage.name} ({stage.label})")), total=total, note="")
@@ -287,7 +289,7 @@ def _print_results(done: list[tuple[Job, Run]], store: Store) -> None:
 
 
 def _columns(name: str, summary: RunSummary) -> list[tuple[str, dict[str, MetricNumbers]]]:
-    """Return a run's columns of the table: its reported metrics and, if these have a patch, those at strength 0."""
+    """Return a run's columns of the table: its reported metrics and, if it was measured besides, those at strength 0."""
     from steerlab.job import UNPATCHED, UNPATCHED_NAME
 
     steered = [f"{strength:g}" for strength in dict.fromkeys(summary["reported"].values())]

@@ -21,7 +21,8 @@ Departures from the authors' code (apple/ml-lineas):
 - batches and target sets of unequal size are matched exactly by their quantile functions, without random trimming;
 - the model's weights need no gradients, and the forward pass stops after the last measured place;
 - with several workers, each gathers the pooled values of the whole batch, of which only its own carry gradients;
-- `refit_from` fixes each w and b that the penalty has set to the identity exactly there; Adam's moments cannot move it.
+- after `refit_from` steps, each w and b within `threshold` of the identity is set to it and stays there, whatever Adam's
+  moments say.
 
 The proximal step uses the learning rate as its step size, as in the authors' code. This is exact for SGD, but with Adam it is
 not the proximal step of the preconditioned problem. Axes: S neurons of all measured places (of all steered places where the
@@ -82,7 +83,8 @@ class Config(SteeringConfig):
     """A neuron counts as steered if |w - 1| or |b| exceeds this."""
     # The proximal step also shrinks the parameters that it does not set to zero; without the penalty they can reach the target.
     refit_from: int | None = Field(None, ge=1)
-    """Step from which the penalty is off and scales and shifts within `threshold` of the identity are fixed; null: never."""
+    """Number of steps after which the penalty is off, and scales and shifts within `threshold` of the identity are fixed; null:
+    never."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -94,8 +94,8 @@ class Config(MethodConfig):
     """Unit that is frozen: entry: a coefficient (paper); row: an output; column: a basis direction. A row or column has
     the Euclidean norm of its importance."""
     spare_ratio: float | None = Field(None, ge=0, le=1, exclude_if=lambda ratio: ratio is None)
-    """Share of the coefficients with the largest importance on data.utility that is not frozen, even if it matters for safety
-    (the code's --two_mask, where it is keep_ratio); null uses one mask."""
+    """Share of the coefficients that trains because its importance on data.utility is the largest, even if it matters for
+    safety (the code's --two_mask, which uses keep_ratio for this share, too); null uses one mask."""
     others: Literal["frozen", "train"] = "frozen"
     """Weights outside of the selected layers: frozen, or trained without a mask."""
     # |sum of gradients| and sum of |gradients| differ, so the importance depends on the batch size.
@@ -188,7 +188,7 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
 
 
 def places(model: PreTrainedModel, config: Config) -> list[WeightPlace]:
-    """Return the linear layers that are rotated. Raises ValueError if the model has no such type of layer, or block."""
+    """Return the linear layers that are rotated. Raises ValueError if the model lacks a named type of layer, or block."""
     return selected(model, config.layer_type, config.target_layers)
 
 
@@ -232,7 +232,8 @@ class Warp(PatchAlone):
 
     @classmethod
     def size(cls, config: Config, skeleton: PreTrainedModel) -> Size:
-        """Return the number of coefficients, and the bytes of W and W_0 U besides W_0, of the mask and of one basis."""
+        """Return the number of trained parameters, frozen coefficients included, and the bytes besides W_0: W, W_0 U, the mask
+        and one basis."""
         chosen = places(skeleton, config)
         # D counts as trained, frozen entries included, because the optimizer has moments for all of them.
         num = sum(place.shape[0] * place.shape[1] for place in chosen)

@@ -1,4 +1,7 @@
-"""Attach a stack of patches to a model by hooks, and hold the arguments of the running call for those hooks to read."""
+"""Attach a stack of patches to a model by hooks, and hold the arguments of the running call for those hooks to read.
+
+Axes besides those of tokens.py: N patches of the stack, K tokens whose logits are computed, X any width.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ class Forward:
     memory: dict[int, dict[str, object]] | None = None
     """State that a patch carries from call to call of cached decoding, by the patch's number; None without a cache."""
     only: tuple[Tensor, Tensor] | None = None
-    """Rows and positions, each (N,), of the tokens whose logits are computed; None computes those of all tokens."""
+    """Rows and positions, each (K,), of the tokens whose logits are computed; None computes those of all tokens."""
     running: Callable[[], Pass | None] = lambda: None
     """Returns the denoiser pass that is running; returns None in a language model."""
     # The weights are shared by all patches: with a copy for each, the first to be detached would restore weights that the
@@ -72,7 +75,8 @@ class Forward:
 
     def strength(self, number: int, rank: int) -> Tensor | None:
         """Return the strengths of patch `number` shaped (B, 1, ...) with `rank` axes; None means 1."""
-        # None instead of ones lets a hook skip the mixture T_s, and merge the map into a norm's weights.
+        # None instead of ones lets a hook skip the mixture with the identity (T_s of patches/maps), and merge the map into a
+        # norm's weights.
         strength_B = None if self.strengths_NB is None else self.strengths_NB[number]
         # Classifier-free guidance runs each row twice, with and without its prompt; the running pass knows which rows are
         # steered.
@@ -81,11 +85,11 @@ class Forward:
         return None if strength_B is None else strength_B.view(-1, *[1] * (rank - 1))
 
     def picked(self, values_BTX: Tensor) -> Tensor:
-        """Return the values of the tokens whose logits are computed: (1, N, X) with `only`, else all, (B, T, X)."""
+        """Return the values of the tokens whose logits are computed: (1, K, X) with `only`, else all, (B, T, X)."""
         return values_BTX if self.only is None else values_BTX[self.only][None]
 
     def strength_of_logits(self, number: int) -> Tensor | None:
-        """Return the strengths of patch `number` for the computed logits, (B, 1, 1), or (1, N, 1) with `only`; None means 1."""
+        """Return the strengths of patch `number` for the computed logits, (B, 1, 1), or (1, K, 1) with `only`; None means 1."""
         strength_B11 = self.strength(number, 3)
         return strength_B11 if strength_B11 is None or self.only is None else strength_B11[self.only[0]].transpose(0, 1)
 

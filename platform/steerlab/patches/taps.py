@@ -1,8 +1,8 @@
 """Taps: the places in a model where activations are read and steered, and a reader of their values.
 
-A `Selection` (job/selection.py) names modules and tokens. `select` returns its modules as taps, token_masks.py its tokens in
-one call of the model; axes.py finds the axis of neurons in a module's value. A `Reader` runs the model up to the last tap and
-returns the values.
+A `Selection` (job/selection.py) names modules and tokens. `select` returns the modules as taps; token_masks.py finds, for one
+call of the model, which of its tokens the selection takes; axes.py finds the axis of neurons in a module's value. A `Reader`
+runs the model up to the last tap and returns the values.
 """
 
 from __future__ import annotations
@@ -219,7 +219,8 @@ class Reader:
     def _record(self, place: Tap, module: nn.Module, output: object) -> None:
         """Record the value of a tap, and end the pass after the last one. Raises ValueError if a module runs twice."""
         call = models.running(self._model)
-        # Other runs of the model, such as evaluations between two readings, run the same hooks and are ignored.
+        # Other runs of the model, such as evaluations between two readings, run the same hooks and are ignored, as are steps of
+        # a diffusion sampler that are not read.
         if self._values is None or (call is not None and not call.is_read):
             return
         parts = self._values.setdefault(place.name, [])
@@ -257,7 +258,7 @@ def widths(model: Model, steer: Selection) -> dict[str, int]:
     reader = Reader(model, places, steer.side)
     try:
         with torch.no_grad():
-            # A reader returns values whose last axis are the neurons.
+            # A reader returns values whose last axis is that of the neurons.
             return {name: value.shape[-1] for name, value in reader(**models.small_inputs(model)).items()}
     finally:
         reader.close()

@@ -117,7 +117,7 @@ def _check_start(below: Job) -> None:
 
 
 def _check_method(planned: Plan) -> None:
-    """Refuse a job that lacks a section which its method needs, or has one which its method does not use."""
+    """Refuse a job that lacks a section which its method needs, or has a `train` section although its method trains nothing."""
     job, method, name = planned.job, planned.method, planned.job.method.name
     if job.train is not None:
         _check_training(job)
@@ -127,7 +127,7 @@ def _check_method(planned: Plan) -> None:
         if job.extract is None:
             raise ValueError(f"extract: this key is required by method {name}: it sets where and how activations are extracted")
         if job.extract.keep != "rows":
-            raise ValueError(f"extract.keep {job.extract.keep}: method {name} is fitted on the rows")
+            raise ValueError(f"extract.keep {job.extract.keep}: method {name} is fitted on the rows; set keep: rows")
         wanted = method.pools(job.method)
         # A method that fits one layer after another extracts and pools its own activations, so it uses no stored ones.
         if method.reads(job.method) and wanted not in job.extract.pooling:
@@ -177,13 +177,16 @@ def _warn_of_strengths(job: Job) -> None:
     )
     if outside:
         warnings.warn(
-            f"strengths {outside} lie outside of {list(strength_range or ())}, where method {job.method.name} is meant",
+            f"strengths {outside} lie outside of {list(strength_range or ())}, the range of method {job.method.name}",
             stacklevel=2,
         )
 
 
 def _check_places(planned: Plan) -> None:
-    """Refuse a selection of modules that the model lacks. Uses the skeleton of the model, which has no weights."""
+    """Refuse preparations that cannot be made on the model, and selected modules that it lacks or that have no value per token.
+
+    The skeleton of the model, which has no weights, is enough for this.
+    """
     job = planned.job
     skeleton = models.skeleton(sources.fetch(planned.source), job.model.trust_remote_code)
     try:

@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def makes_model(self) -> bool:
-        """Whether the job makes a patch or trains; if not, it only evaluates the model that it starts from."""
+        """Whether the job trains, or makes a patch or a preamble; if not, it uses the model that it starts from as it is."""
         return self.method.closed_form or self.job.train is not None
 
     @property
@@ -138,7 +138,8 @@ class Plan:
     @cached_property
     def preparing(self) -> prepare.Stages:
         """The stages that prepare the method's training, or its closed form on trained weights."""
-        # An edit uses statistics of the model before the training (`methods/edited.py`), the others of the starting model.
+        # A method that edits weights uses statistics of the model before the training (methods/edited.py), all others those of
+        # the starting model.
         return prepare.Stages(self.job, self.before if self.method.changes_trained else self.start, self.source)
 
     @property
@@ -177,7 +178,7 @@ class Plan:
 
     @cached_property
     def model(self) -> Stage | None:
-        """The stage whose artifact is the job's model; None if the job only evaluates the model of its source."""
+        """The stage whose artifact is the job's model; None if that is the model of its source, unchanged."""
         # Each class of methods has its own kind of stage, with inputs of its own.
         match self.method:
             case Fitted():
@@ -220,8 +221,8 @@ class Plan:
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """All stages in the order in which they run, those of the jobs that this one builds on first."""
-        # All tasks on the patched model come first, then all on the plain one: a process keeps a model until it needs another
-        # one, so it loads each of the two once.
+        # Tasks on the patched model come before those on the plain one, among the development tasks of `choose` and again among
+        # the others: a process keeps a model until it needs another one, so it loads each of the two once in each group.
         tasks = [task.stage for task in self.evaluations]
         tasks += [task.baseline for task in self.evaluations if task.baseline is not None]
         model = [] if self.model is None else [self.model]

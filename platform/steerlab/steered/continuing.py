@@ -30,7 +30,8 @@ _HOST_BYTES = 2**30
 _SHARE = 0.5
 """Share of a GPU's free memory that a batch may take; the rest is for the copies that are made when rows leave or enter."""
 _LOGITS = 6
-"""Arrays of the size of the logits that choosing a token needs at once: float32 logits, probabilities, their order and sums."""
+"""Arrays of the size of the float32 logits that choosing a token needs at once: logits, probabilities, their sorted copy, its
+order (int64, which counts twice) and sums."""
 _WORTH_MOVING = 8
 """Rows leave when more than an eighth of the batch has ended, and prompts enter when more than an eighth of the places is free.
 Each time the cache is copied, which would cost too much for every single row."""

@@ -11,9 +11,9 @@ changed in LOOKS polls, the waiting process regards the holder as dead and creat
 suspended finds out when it continues (`Claim.lost`). No clock times are compared: a waiting process compares only the counter,
 and counts its own polls.
 
-Processes of one machine need not wait so long. A process takes a lock of the kernel (`flock`) before it waits for the processes
-of other machines, and keeps this lock until it releases the claim. The kernel releases the lock when the process dies, so a
-holder of this machine whose lock is free is dead.
+Processes of one machine that share a lock file need not wait so long. A process takes a lock of the kernel (`flock`) before it
+waits for processes of other machines, and keeps this lock until it releases the claim. The kernel releases the lock when the
+process dies, so a holder whose lock is free is dead.
 
 A holder that is suspended for more than LOOKS x LOOK_S seconds between its last check and its last write may still write after
 the next holder has begun. For a stage that is harmless: both compute the same artifact, and an existing one is never replaced.
@@ -151,8 +151,9 @@ def is_held(store: Store, name: str) -> bool:
     if files.is_locked(lock):
         return True
     turn = _newest(store, f"claims/{name}").turn
-    # The lock is free, so a turn that a process of this machine created belongs to a dead process.
-    return turn is not None and turn.lock.partition(":")[0] != files.kernel()
+    # The lock is free, so a turn that was created under it belongs to a dead process. A process of this machine may use another
+    # lock file: that of a bucket lies in the cache, which each user and container has for itself.
+    return turn is not None and turn.lock != _name_of(lock)
 
 
 @contextmanager
@@ -177,9 +178,17 @@ def _locked(store: Store, name: str, wait: bool, say: Say) -> Iterator[str]:
                 raise
             yield ""
             return
-        status = path.stat()
-        # A lock excludes only the processes that run on the same kernel and lock the same file, so its name holds both.
-        yield f"{files.kernel()}:{status.st_dev}:{status.st_ino}"
+        yield _name_of(path)
+
+
+def _name_of(lock: Path) -> str:
+    """Return the name of a lock file; one that no turn has if the file does not exist."""
+    # A lock excludes only the processes that run on the same kernel and lock the same file, so its name holds both.
+    try:
+        status = lock.stat()
+    except FileNotFoundError:
+        return "no file"
+    return f"{files.kernel()}:{status.st_dev}:{status.st_ino}"
 
 
 def _lock_path(store: Store, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Ray Tune's callback: record the events of units in the sweep's history, and rewrite the table of trials every few seconds.
+"""Ray Tune's callback: record the events of units in the sweep's history, and rewrite the table of trials as units end.
 
 The word trial has two meanings here. A `Trial`, the argument `trial` of the methods, is Ray Tune's: it runs one unit
 (units.py). A unit holds one or several trials of the sweep, which are points of its search space.
@@ -72,7 +72,7 @@ class Clerk(tune.Callback):
         return {}
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: object) -> None:
-        """Ask each unit that W&B wants to stop to do so, and kill its process if it does not stop in time."""
+        """Ask the units that W&B has chosen to stop, and kill the process of a unit that does not end in time."""
         wanted = self._agent.stopped if self._agent is not None else set()
         for tune_id, unit in self._feed.units.items() if wanted else ():
             if unit.name not in wanted or self._history.courses[unit.number].settled:
@@ -137,7 +137,7 @@ class Clerk(tune.Callback):
         return self._feed.units[trial.trial_id]
 
     def _settle(self, unit: Unit, outcome: UnitOutcome) -> None:
-        """Record the final outcome of a unit: stopped, finished with the score of its best trial, or failed with a reason."""
+        """Record the final outcome of a unit: stopped, finished (with the score of its best valid trial), or failed."""
         if "stopped" in outcome:
             self._history.add("stop", unit=unit.number, reason=outcome["stopped"])
             return self._report_settled(unit)

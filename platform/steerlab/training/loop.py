@@ -1,8 +1,8 @@
 """The training loop of every method. It does not use Ray and does not name a method.
 
-The rows of step t depend only on (number of rows, seed, t), the learning rate on t, and the random state on (seed, t, rank). A
-checkpoint holds the engine's state, the step, the metrics of all steps so far and the snapshots, but no state of a sampler,
-scheduler or random generator. The number of workers does not change which rows a step has (schedule.py).
+With fixed settings, the rows of step t depend on (number of rows, seed, t) alone, the learning rate on t, the random state on
+(seed, t, rank). A checkpoint holds the engine's state, the step, the metrics so far and the snapshots, but no state of a
+sampler, scheduler or random generator. The number of workers does not change the rows of a step (schedule.py).
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ class _Training:
         losses = {f"train/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
         self.step += 1
         metrics: dict[str, float] = {"step": self.step, **losses, "train/lr": lr}
-        # A skipped step counts, so a resumed run skips the same ones. A checkpoint accepts only finite metrics.
+        # The history records a skipped step, too, and the limit is counted there: a resumed run skips the same steps. Metrics
+        # that are not finite are dropped, because a checkpoint accepts finite ones only.
         if self.fault is not None and bad_steps.num_skipped(self.history) < train.skip_steps:
             return {**{name: value for name, value in metrics.items() if math.isfinite(value)}, bad_steps.SKIPPED: 1.0}
         metrics["train/grad_norm"] = self.engine.grad_norm

@@ -69,7 +69,7 @@ def run(
 
     Raises:
         ValueError: the data or the settings are wrong; no further attempt is made.
-        RuntimeError: more than `scale.max_failures` workers died.
+        RuntimeError: more than `scale.max_failures` actors died or, in warm processes, as many attempts at one shard.
         StoreError: a disk is full.
     """
     folder = WorkFolder(work.store.root, work.stage.name, work.stage.key)
@@ -87,7 +87,7 @@ def run(
         def report(now: int, left_s: float) -> None:
             work.report({"done": before + now, "total": total, "left_s": left_s})
 
-        make_parts = _counting_shards if work.scale.warm or alone.here() is not None else _counting_rows
+        make_parts = _counting_shards if alone.here() is not None or _in_tasks(work.scale) else _counting_rows
         records |= {record.number: record for record in make_parts(request, missing, work.scale, report)}
     return [facts.model_validate(records[shard.number].model_dump()) for shard in shards]
 
@@ -128,6 +128,13 @@ def _counting_shards(
         yield record
 
 
+def _in_tasks(scale: ScaleConfig) -> bool:
+    """Return whether the workers are tasks in warm processes; if not, they are actors."""
+    # With a GPU, actors are used even with `scale.warm`: the process of a task stays and would keep the GPU's memory, and its
+    # device even when Ray assigns another one to the next task.
+    return bool(scale.warm) and not reserved.gpus_of(scale, scale.worker_range[0])
+
+
 def _stream(request: Request, missing: list[Planned], scale: ScaleConfig) -> Iterator[Done]:
     """Send the missing shards to the workers and yield the records of their parts as they finish, in any order.
 
@@ -165,9 +172,7 @@ def _lines(request: Request, missing: list[Planned], scale: ScaleConfig) -> Iter
     cpus, gpus = resources["num_cpus"], resources["num_gpus"]
     # One block for each shard. Otherwise Ray Data may put several shards into one task, and a death would repeat all of them.
     source = ray.data.from_items(items, override_num_blocks=len(items))
-    # With a GPU, actors are used even with `scale.warm`: the process of a task stays and would keep the GPU's memory, and its
-    # device even when Ray assigns another one to the next task.
-    if scale.warm and not gpus:
+    if _in_tasks(scale):
         lines = source.map(
             partial(in_warm_process, request), compute=ray.data.TaskPoolStrategy(high), num_cpus=cpus, num_gpus=gpus
         )
