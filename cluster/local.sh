@@ -90,7 +90,7 @@ start() {
     # Ray opens its own folder to all: the one that holds it is this user's alone.
     for folder in "$state" "$session"; do
         mkdir -p "$folder"
-        [[ -O "$folder" && ! -L "$folder" ]] || die "$folder belongs to somebody else: set STEERLAB_CLUSTER_DIR or STEERLAB_RAY_TMP"
+        [[ -O "$folder" && ! -L "$folder" ]] || die "$folder belongs to another user: set STEERLAB_CLUSTER_DIR or STEERLAB_RAY_TMP"
         chmod 700 "$folder"
     done
     export RAY_AUTH_MODE=token

@@ -86,7 +86,7 @@ def test_explain_names_the_tokens_that_a_patch_moves(done: tuple[Path, dict[str,
     assert {token["kl"] for token in at_0} == {token["norm"] for token in at_0} == {0.0}
     assert "promotes" in call(*patched, "--max-new-tokens", "3").output
     refused = call("explain", str(folder / "root" / folders["vanilla"]), *asked, "--response", "home", code=2).output
-    assert "carries no patch" in " ".join(refused.split())
+    assert "has no patch to scale" in " ".join(refused.split())
 
 
 def _trained(root: Path, run_folder: str) -> str:

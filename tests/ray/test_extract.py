@@ -224,7 +224,7 @@ def test_a_selection_of_nothing_fails_before_an_actor_starts(tmp_path: Path) -> 
 
 def test_a_disk_that_is_too_small_is_said_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Store, "free_bytes", lambda _store: 1000)
-    with pytest.raises(ValueError, match=r"0.0 GB free; 60 rows and 4 columns of 128 neurons need about 0.0 GB: read fewer"):
+    with pytest.raises(ValueError, match=r"0.0 GB free; 60 rows and 4 columns of 128 neurons need about 0.0 GB: select fewer"):
         run(wanted(), str(tmp_path))
 
 

@@ -129,7 +129,7 @@ def test_bad_requests_say_what_would_be_right(tmp_path: Path) -> None:
     plain = {"source": "tiny:instructions/train"}
     refused(r"method.beta: .*greater than or equal to 0", method={"name": "iav", "beta": -1})
     refused(r"data.preference: this key is required, because method iav trains on it", data={})
-    refused(r"preference: rows of format instruction do not belong there", data={"preference": plain})
+    refused(r"preference: rows of format instruction are not valid here", data={"preference": plain})
     refused(r"data.validation: method iav trains on rows of format preference", data={"preference": PAIRS, "validation": plain})
     refused(r"method: layer 9: LlamaForCausalLM has the layers 0 to 3", method={"name": "iav", "layer": 9})
     refused(r"scale.zero_stage 3", scale={"zero_stage": 3})

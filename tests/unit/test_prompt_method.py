@@ -175,7 +175,7 @@ def test_a_patch_below_keeps_its_strengths() -> None:
     [
         ({"method": {"name": "prompt"}}, "method.system: this key is required by method prompt"),
         ({"data": {"examples": {**FEW, "limit": None}}}, "examples.limit: give the number"),
-        ({"data": {"examples": {**FEW, "limit": 101}}}, "at most 100"),
+        ({"data": {"examples": {**FEW, "limit": 101}}}, "100 or fewer"),
         ({"data": {"examples": {"source": "tiny:topics/train", "format": "text", "limit": 2}}}, "rows of format instruction"),
         ({"train": {"steps": 1, "lr": 1e-3, "micro_batch": 1, "max_tokens": 8}}, "method prompt trains nothing"),
     ],

@@ -194,7 +194,7 @@ def test_rows_that_are_only_read_for_activations_are_not_held_against_the_length
 def test_a_bad_row_behind_those_that_were_tried_is_named_by_its_data_set(tmp_path: Path) -> None:
     rows = [*ROWS, THOUGHT]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=r"rows.json: row 3: the chat template .*; skip_bad: true leaves such rows out"):
+    with pytest.raises(ValueError, match=r"rows.json: row 3: the chat template .*; skip_bad: true skips such rows"):
         load_rows(DataSet(source=str(tmp_path / "rows.json")), Encoder(family("qwen3").tokenizer), 100)
 
 

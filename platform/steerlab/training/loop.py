@@ -160,8 +160,7 @@ class _Training:
         losses = {f"train/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
         self.step += 1
         metrics: dict[str, float] = {"step": self.step, **losses, "train/lr": lr}
-        # The history records a skipped step, too, and the limit is counted there: a resumed run skips the same steps. Metrics
-        # that are not finite are dropped, because a checkpoint accepts finite ones only.
+        # The limit counts skipped steps of the history: a resumed run skips the same ones. A checkpoint accepts finite metrics.
         if self.fault is not None and bad_steps.num_skipped(self.history) < train.skip_steps:
             return {**{name: value for name, value in metrics.items() if math.isfinite(value)}, bad_steps.SKIPPED: 1.0}
         metrics["train/grad_norm"] = self.engine.grad_norm
