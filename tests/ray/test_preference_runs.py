@@ -141,5 +141,5 @@ def test_bad_requests_say_what_would_be_right(tmp_path: Path) -> None:
     bad = {"source": str(tmp_path / "bad.json"), "format": "preference"}
     refused(r"bad.json row 1: chosen and rejected are the same text", data={"preference": bad})
     refused(r"evaluate.0.pairs: .*bad.json row 1: chosen and rejected", evaluate=[{**TASK, "pairs": bad}])
-    with pytest.warns(UserWarning, match=r"strengths \[3.0\] are outside of \[0.0, 2.0\]"):
+    with pytest.warns(UserWarning, match=r"strengths \[3.0\] lie outside of \[0.0, 2.0\]"):
         run.check(Plan.of(job.validate({**IAV, "evaluate": [{**TASK, "strengths": [1, 3]}]}, JobType, tmp_path / "a.yaml")))

@@ -83,7 +83,7 @@ def test_the_job_itself_is_fine_in_bfloat16_too(path: Path) -> None:
 
 
 def test_strengths_outside_of_the_range_are_warned_of(path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"strengths \[1.5\] lie outside of \[0.0, 1.0\], where method lineas is meant"):
+    with pytest.warns(UserWarning, match=r"strengths \[1.5\] lie outside of \[0.0, 1.0\], the range of method lineas"):
         run.check(Plan.of(job.read(path, JobType, ["choose.strengths=[0.5, 1.5]"])))
 
 
