@@ -168,6 +168,9 @@ def test_a_job_is_read_where_it_lies(tmp_path: Path) -> None:
     from_disk, from_uri = steer("plan", "above.yaml", "--json"), steer("plan", f"file://{tmp_path}/above.yaml", "--json")
     assert from_uri.exit_code == 0, from_uri.output
     assert json.loads(from_uri.stdout)["stages"] == json.loads(from_disk.stdout)["stages"]
+    jobs = Path(steerlab.__file__).parents[2] / "jobs/tiny"
+    asked = steer("wandb-sweep", f"file://{jobs}/iav.yaml", str(jobs.parents[1] / "search_spaces/alpha.py"))
+    assert asked.exit_code == 0 and f"# run by: steerlab sweep file://{jobs}/iav.yaml" in asked.output, asked.output
     for name, said in {"nothing.yaml": "no such file", "others": "no such file"}.items():
         missing = steer("plan", f"file://{tmp_path}/{name}")
         assert missing.exit_code == 2 and said in missing.output

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from steerlab.cli.terminal import say_line
@@ -19,6 +22,33 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Pattern of names of runs, the same as for `Job.name`."""
+
+
+def job_file(name: str) -> Path:
+    """Return the path of a job file given to a command; a file at a URI is copied to this machine first.
+
+    URIs occur because the report names a run's job file in its bucket, in the command that repeats the run.
+
+    Raises:
+        ValueError: the file at the URI cannot be read.
+    """
+    if "://" not in name:
+        return Path(name)
+    from steerlab.data.sources import remote
+    from steerlab.job.file import LONGEST
+
+    folder = Path(_copies().name) / hashlib.sha256(name.encode()).hexdigest()[:12]
+    folder.mkdir(exist_ok=True)
+    # Other job files of the folder are copied too, since `model: {source: "job:base.yaml"}` may name one of them.
+    for beside, content in remote.beside(name, LONGEST):
+        (folder / beside).write_bytes(content)
+    return folder / remote.divided(name)[0].rpartition("/")[2]
+
+
+@cache
+def _copies() -> TemporaryDirectory[str]:
+    """Return the folder of copied job files, which is removed when the process ends."""
+    return TemporaryDirectory(prefix="steerlab-jobs-")
 
 
 def read_job(path: Path, overrides: list[str] | None) -> Job:

@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from steerlab.cli.opening import joined_ray, opened_store, read_job
+from steerlab.cli.opening import job_file, joined_ray, opened_store, read_job
 from steerlab.cli.terminal import (
     JobArgument,
     JobsArgument,
@@ -58,9 +58,10 @@ def run(
     chatter = redirect_stdout(sys.stderr) if as_json else nullcontext()
     with explained(), chatter:
         store = opened_store(root)
-        plans = [stages.Plan.of(read_job(path, set_)) for path in jobs]
+        paths = [job_file(name) for name in jobs]
+        plans = [stages.Plan.of(read_job(path, set_)) for path in paths]
         # All jobs are checked before the first one runs: a mistake in the last one should not show after hours.
-        facts = [checked_before.check(planned, path) for planned, path in zip(plans, jobs, strict=True)]
+        facts = [checked_before.check(planned, path) for planned, path in zip(plans, paths, strict=True)]
         left = [any(record.status != "cached" for record in plan.status(planned.stages, store)) for planned in plans]
         # Ray takes seconds to start and is not needed if all artifacts exist.
         with joined_ray() if any(left) else nullcontext():
@@ -113,8 +114,9 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
 
     with explained():
         store = opened_store(root)
-        planned = stages.Plan.of(read_job(job, set_))
-        facts = checked_before.check(planned, job)
+        path = job_file(job)
+        planned = stages.Plan.of(read_job(path, set_))
+        facts = checked_before.check(planned, path)
         records = plan.status(planned.stages, store)
         needs = checked_before.estimates(planned, facts, records)
         if as_json:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from steerlab.cli.opening import joined_ray, opened_store
+from steerlab.cli.opening import job_file, joined_ray, opened_store
 from steerlab.cli.terminal import (
     JobArgument,
     JsonOption,
@@ -64,7 +64,7 @@ def sweep(
         if backend not in ("ray", "wandb") or (backend == "wandb") != (wandb_sweep is not None):
             raise ValueError("--backend is ray, or wandb together with --wandb-sweep ENTITY/PROJECT/ID")
         say = _quiet if as_json else say_line
-        request = _checked(job, space, set_ or (), samples, seeds, wandb_sweep, say)
+        request = _checked(job_file(job), space, set_ or (), samples, seeds, wandb_sweep, say)
         if dry_run:
             _print_estimate(estimate.of(request, store, say), as_json)
             return
@@ -169,7 +169,7 @@ def wandb_sweep(
     with explained():
         if method not in (None, "grid", "random", "bayes"):
             raise ValueError(f"--method {method}: W&B has grid, random and bayes")
-        sweep_plan = trials.plan(job, set_ or (), spaces.load(space))
+        sweep_plan = trials.plan(job_file(job), set_ or (), spaces.load(space))
         # W&B stops a run by metrics that arrive during the run, and only the losses do.
         if min_reports is not None and sweep_plan.metric not in LOSSES:
             raise ValueError(

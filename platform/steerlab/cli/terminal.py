@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,44 +39,11 @@ console = PlainConsole()
 errors = PlainConsole(stderr=True)
 
 
-def job_file(text: str | Path) -> Path:
-    """Return the path of a job file given to a command; a file at a URI is copied to this machine first.
-
-    URIs occur because the report names a run's job file in its bucket, in the command that repeats the run.
-
-    Raises:
-        typer.BadParameter: the file at the URI cannot be read.
-    """
-    uri = str(text)
-    if "://" not in uri:
-        return Path(uri)
-    from steerlab.data.sources import remote
-    from steerlab.job.file import LONGEST
-    from steerlab.job.grammar import SourceError
-
-    folder = Path(_copies().name) / hashlib.sha256(uri.encode()).hexdigest()[:12]
-    folder.mkdir(exist_ok=True)
-    try:
-        # Other job files of the folder are copied too, since `model: {source: "job:base.yaml"}` may name one of them.
-        for name, content in remote.beside(uri, LONGEST):
-            (folder / name).write_bytes(content)
-    except SourceError as error:
-        raise typer.BadParameter(str(error)) from None
-    return folder / remote.divided(uri)[0].rpartition("/")[2]
-
-
-@cache
-def _copies() -> TemporaryDirectory[str]:
-    """Return the folder of copied job files, which is removed when the process ends."""
-    return TemporaryDirectory(prefix="steerlab-jobs-")
-
-
-JobArgument = Annotated[Path, typer.Argument(parser=job_file, metavar="JOB", help="Job file (YAML): a path or a URI.")]
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Job file (YAML): a path or a URI.")]
 
 
 JobsArgument = Annotated[
-    list[Path],
-    typer.Argument(parser=job_file, metavar="JOB", help="Job files (YAML), paths or URIs, run one after another."),
+    list[str], typer.Argument(metavar="JOB", help="Job files (YAML), paths or URIs, run one after another.")
 ]
 
 
@@ -93,7 +57,7 @@ def typed_root(text: str) -> str:
     """Return a ROOT that was typed: a URI unchanged, a path made absolute, so that it is valid in every process.
 
     Raises:
-            typer.BadParameter: the path begins with `~NAME` and this machine has no user of that name.
+        typer.BadParameter: the path begins with `~NAME` and this machine has no user of that name.
     """
     if "://" in text:
         return text
