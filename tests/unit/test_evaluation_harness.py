@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from steerlab.data import rows
 from steerlab.evaluation.statistics.metrics import TOO_LONG
 from steerlab.evaluation.statistics.summaries import summarise, summarise_all
-from steerlab.evaluation.tasks.ability import harness, harness_chats, harness_model, harness_rows
+from steerlab.evaluation.tasks.ability import harness, harness_chats, harness_log, harness_model, harness_rows
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import INSTRUCTION, Message, Part
+from steerlab.job import DataSet
 from steerlab.models import load_tokenizer
 from steerlab.patches import ActivationPatch
 from steerlab.steered.language import SteeredModel
@@ -117,7 +119,7 @@ def test_the_harness_s_numbers_become_observations_where_they_are_means():
     samples["b"][-1]["f1"] = "x"
     with pytest.warns(UserWarning, match="lm_eval/f1 of b is not a mean over documents"):
         better = {"a": {"acc": True}, "b": {"acc": True, "ppl": False}}
-        observations, measured = harness.observe(samples, reported, 0.5, {("b", 0): "cut", ("a", 1): TOO_LONG}, better)
+        observations, measured = harness_log.observe(samples, reported, 0.5, {("b", 0): "cut", ("a", 1): TOO_LONG}, better)
     assert {name: (measure.transform, measure.better) for name, measure in measured.items()} == {
         "acc": ("identity", "higher"),
         "exact_match_flexible_extract": ("identity", None),
@@ -217,7 +219,7 @@ def test_several_tasks_have_metrics_of_their_own():
     names = [measure.name for measure in harness.measures(config)]
     assert names == ["a.empty", "a.repetition", "a.letters", "b.empty", "b.repetition", "b.letters", "*"]
     logged = {"a_x": [{"doc_id": 0, "filter": "none", "metrics": ["acc"], "acc": 1.0, "resps": [["the cow"]]}]}
-    observations, measured = harness.observe(logged, {"a_x": {"acc,none": 1.0}}, 1.0, {}, {"a_x": {"acc": True}}, "a.")
+    observations, measured = harness_log.observe(logged, {"a_x": {"acc,none": 1.0}}, 1.0, {}, {"a_x": {"acc": True}}, "a.")
     assert {o.metric for o in observations} == {f"lm_eval/a.{name}" for name in ("acc", "empty", "repetition", "letters")}
     assert measured["a.acc"].better == "higher"
     assert harness.TASK.chats(config.model_copy(update={"chat_template": True})) and not harness.TASK.chats(config)
@@ -255,6 +257,43 @@ def test_a_task_of_our_own_runs_at_every_strength(steered, tmp_path):
     assert set(summarise_all(says)[0.0]) == {f"lm_eval/{name}" for name in ("exact_match", "empty", "repetition", "letters")}
     with pytest.raises(ValueError, match="no task 'sound'; did you mean sounds"):
         harness.run(steered, config.model_copy(update={"name": "sound"}))
+
+
+def test_folds_of_a_task_are_those_of_a_data_set_with_the_same_seed(tmp_path):
+    """The documents of a fold beside the rows of the other fold: all of them, none twice."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(9)))
+    tasks = {"a": SimpleNamespace(eval_docs=range(9)), "b": SimpleNamespace(eval_docs=range(20))}
+    manager = SimpleNamespace(load=lambda names: {"tasks": {name: tasks[name] for name in names}})
+    fold = harness.Config(name="a", shuffle=3, offset=4)
+    of_fold = harness.documents(fold, manager, "a")["a"]
+    fitted = [
+        int(row["text"]) for row in rows.read(DataSet(source=str(tmp_path / "rows.jsonl"), format="text", shuffle=3, limit=4))
+    ]
+    assert sorted([*of_fold, *fitted]) == list(range(9)) and fitted != sorted(fitted)
+    assert of_fold == sorted(of_fold), "the harness takes them in their own order"
+    assert harness.documents(harness.Config(name="b", offset=18, limit=5), manager, "b") == {"b": [18, 19]}
+    assert harness.documents(harness.Config(name="a", limit=5), manager, "a") is None
+    with pytest.raises(ValueError, match="offset 9 leaves no document of a, which has 9"):
+        harness.documents(harness.Config(name="a", offset=9), manager, "a")
+
+
+@pytest.mark.slow
+def test_a_fold_of_a_task_of_our_own_keeps_the_numbers_of_its_documents(steered, tmp_path, monkeypatch):
+    """One of them does not fit: it is the one that is marked, by its number in the task."""
+    pytest.importorskip("lm_eval")
+    config = harness.Config(name="sounds", **own_tasks(tmp_path), shuffle=1, offset=1)
+    (numbers,) = [harness.documents(config, harness._library(config)[1], "sounds")["sounds"]]
+    assert len(numbers) == 3 and numbers != [0, 1, 2]
+    asked = []
+
+    def note(fates, requests, reasons):
+        asked.extend(request.doc_id for request in requests)
+        fates[requests[-1].task_name, requests[-1].doc_id] = TOO_LONG
+
+    monkeypatch.setattr(harness_model, "note", note)
+    result = harness.run(steered, config)
+    assert {o.id for o in result.observations} == {f"sounds/{number}" for number in numbers}
+    assert {o.id for o in result.observations if o.reason == TOO_LONG} == {f"sounds/{numbers[max(asked)]}"}
 
 
 @pytest.mark.slow

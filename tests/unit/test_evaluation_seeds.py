@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from steerlab.cli import terminal
-from steerlab.evaluation.statistics import seeds
+from steerlab.evaluation.statistics import item_means, seeds
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task
 from steerlab.evaluation.statistics.summaries import summarise, summarise_all
@@ -66,7 +66,7 @@ def test_an_item_is_unparsable_only_if_no_seed_could_be_judged() -> None:
     found = seeds.summarise(results)[1.0]["t/x"]
     assert (found.value, found.n, found.unparsable) == (0.75, 2, 1)
     long = [Observation("t/x", "0", None, reason="too_long"), Observation("t/x", "0", None)]
-    assert summarise([seeds._mean(long)]).too_long == 1
+    assert summarise([item_means.mean(long)]).too_long == 1
     one = seeds.summarise([result([None]), result([1.0])])[1.0]["t/x"]
     assert one.value == 1.0 and one.seed_deviation is None, "one seed has no spread"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import yaml
 
 from steerlab import job, run
 from steerlab.data import rows
+from steerlab.evaluation.tasks.ability import harness
 from steerlab.job import DataSet
 from steerlab.stages import JobType, Plan
 
@@ -153,6 +155,39 @@ def test_a_task_is_given_composed_rows_and_names_in_place_of_labels(tmp_path: Pa
     found = checked(tmp_path, wanted)["train"]
     assert [row["output"] for row in found] == ["A", "B", "C", "D", "positive", "negative"]
     assert found[0]["instruction"] == "Q0\nA. a\nB. b\nC. c\nD. d" and found[4]["input"] == "fine"
+
+
+def test_truthful_qa_in_two_folds(tmp_path: Path) -> None:
+    """jobs/truthfulqa.yaml on rows of the published form: a true and a false text of each question of one half."""
+    given = [
+        {"question": f"what is {i} ?",
+         "mc1_targets": {"choices": [f"it is {i}", f"it is not {i}", "moo"], "labels": [1, 0, 0]},
+         "mc2_targets": {"choices": [f"it is {i}", "moo"], "labels": [1, 0]}}
+        for i in range(817)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(given), tmp_path / "rows.parquet")
+    overrides = [f"data.{role}.source={tmp_path / 'rows.parquet'}" for role in ("source", "target")]
+    fold_b = [
+        f"data.{role}.{name}={number}" for role in ("source", "target") for name, number in (("offset", 408), ("limit", 409))
+    ]
+    folds, asked = [], []
+    for more in ([], [*fold_b, "evaluate.0.offset=0", "evaluate.0.limit=408"]):
+        wanted = job.read(Path(__file__).parents[2] / "jobs/truthfulqa.yaml", JobType, [*overrides, *more])
+        false, true = (rows.read(data) for data in wanted.data.by_role.values())
+        assert [str(row["question"]) for row in false] == [str(row["question"]) for row in true]
+        number = str(true[0]["question"]).split()[2]
+        assert (true[0]["text"], false[0]["text"]) == (
+            f"Q: what is {number} ?\nA: it is {number}",
+            f"Q: what is {number} ?\nA: it is not {number}",
+        )
+        folds.append({int(str(row["question"]).split()[2]) for row in true})
+        evaluated = wanted.tasks[0].model_dump()
+        manager = SimpleNamespace(load=lambda names: {"tasks": {name: SimpleNamespace(eval_docs=range(817)) for name in names}})
+        asked.append(
+            set(harness.documents(harness.Config.model_validate(evaluated), manager, "truthfulqa_mc1")["truthfulqa_mc1"])
+        )
+    assert len(folds[0]) == 408 and folds[0] | folds[1] == set(range(817))
+    assert asked == [folds[1], folds[0]], "each fold is measured on the questions of the other"
 
 
 def test_the_data_sets_of_the_page_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,9 +27,16 @@ def shuffled(rows: Iterator[dict[str, object]], seed: int | None) -> Iterator[di
     if seed is None:
         return rows
     all_rows = list(rows)
+    return (all_rows[i] for i in order(len(all_rows), seed))
+
+
+def order(num_rows: int, seed: int | None) -> list[int]:
+    """Return the numbers of rows in the order of a seed; None does not change the order."""
+    if seed is None:
+        return list(range(num_rows))
     # Python promises the same numbers in every version for `random()` only, not for `shuffle`, so rows are sorted by them.
     generator = random.Random(seed)
-    return (all_rows[i] for i in sorted(range(len(all_rows)), key=[generator.random() for _ in all_rows].__getitem__))
+    return sorted(range(num_rows), key=[generator.random() for _ in range(num_rows)].__getitem__)
 
 
 def with_tags_and_seeds(rows: list[dict[str, object]], data: DataSet) -> list[dict[str, object]]:

@@ -22,7 +22,7 @@ from steerlab.data import sources
 from steerlab.evaluation import TABLE
 from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.judging import asking
-from steerlab.evaluation.statistics import generations, stored
+from steerlab.evaluation.statistics import generations, item_means, stored
 from steerlab.evaluation.statistics.metrics import Observation, Result
 from steerlab.evaluation.statistics.summaries import Metric, summarise_all
 from steerlab.evaluation.statistics.written import Written
@@ -141,7 +141,9 @@ def judge(
         [*own, *legibility.observe_texts(config.task, text.id, [text.text], text.strength)]
         for text, own in zip(written, scored, strict=True)
     ]
-    result = Result([o for own in observations for o in own], [], task.measures(config))
+    flat = [o for own in observations for o in own]
+    # In a file of an evaluation, rows with one id are answers to one item; an id in a foreign file may mean anything.
+    result = Result(item_means.merged(flat) if _task_in(file) else flat, [], task.measures(config))
     metrics = summarise_all(result)
     path = output or file.with_name(f"{file.name.split('.')[0]}.{config.label or config.task}.parquet")
     if path.resolve() == file.resolve():

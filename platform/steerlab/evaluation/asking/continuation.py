@@ -14,7 +14,7 @@ from steerlab.evaluation.asking.answers import SampledConfig, answers
 from steerlab.evaluation.asking.items import Numbered, choose
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import INSTRUCTION, Conversation, Message, Part
-from steerlab.job import DataSet
+from steerlab.job import DataSet, Source
 from steerlab.steered.generated_text import Generation
 from steerlab.steered.language import SteeredModel
 
@@ -30,6 +30,9 @@ class ContinuationConfig(SampledConfig):
     """Probability mass of nucleus sampling; 1 samples from all tokens."""
     repetition_penalty: float = Field(1.2, gt=0)
     """Factor that lowers the logits of tokens that already occurred; 1 changes nothing."""
+    reader_source: Source | None = Field(None, exclude_if=lambda source: source is None)
+    """Another language model, under which the perplexity of the continuations given their prompts is measured as well
+    (AcT: Mistral-7B; LinEAS: Qwen2.5-7B); null takes only the model itself without patches."""
 
 
 def require_text(data: DataSet) -> DataSet:

@@ -10,12 +10,12 @@ Axis legend: K seeds.
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task
+from steerlab.evaluation.statistics import item_means
+from steerlab.evaluation.statistics.metrics import Result, Task
 from steerlab.evaluation.statistics.summaries import Metric, summarise_all
 from steerlab.job import TaskConfig
 
@@ -40,13 +40,10 @@ def pooled(results: Sequence[Result]) -> Result:
     first = results[0]
     if len(results) == 1:
         return first
-    groups: dict[tuple[float, str, str], list[Observation]] = defaultdict(list)
-    for result in results:
-        for observation in result.observations:
-            groups[observation.strength, observation.metric, observation.id].append(observation)
+    observations = [observation for result in results for observation in result.observations]
     files = {path: content for result in reversed(results) for path, content in result.files.items()}
     samples = [sample for result in results for sample in result.samples]
-    return Result([_mean(group) for group in groups.values()], samples, first.measures, files, first.num_shown)
+    return Result(item_means.merged(observations), samples, first.measures, files, first.num_shown)
 
 
 def summarise(results: Sequence[Result]) -> dict[float, dict[str, Metric]]:
@@ -72,16 +69,3 @@ def between_seeds(metric: Mapping[str, object]) -> str:
     """Describe the spread of a metric (as JSON) over the seeds of its task: `seeds ±0.012`; empty if it has one seed."""
     deviation = metric.get("seed_deviation")
     return f"seeds \N{PLUS-MINUS SIGN}{deviation:.3g}" if isinstance(deviation, float | int) else ""
-
-
-def _mean(of_seed_K: Sequence[Observation]) -> Observation:
-    """Return an item's observation over its seeds: sum w v / sum w, with the mean weight of the seeds that could be judged."""
-    scored = [o for o in of_seed_K if o.value is not None]
-    if not scored:
-        # An item that is too long with one seed is so with all seeds, unless prompts are random (an attack at a random place).
-        return next((o for o in of_seed_K if o.reason == TOO_LONG), of_seed_K[0])
-    weight = sum(o.weight for o in scored)
-    # In a conditional share (SEP) the item is weighted by how often its condition held, so numerator and denominator add up.
-    value = sum(o.weight * (o.value or 0.0) for o in scored) / weight if weight else scored[0].value
-    reason = next((o.reason for o in scored if o.reason is not None), None)
-    return scored[0]._replace(value=value, weight=weight / len(scored), reason=reason)

@@ -20,32 +20,27 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from steerlab.data import sources
+from steerlab.data import row_order, sources
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.statistics.measures import Better, Measure, Transform, empty
-from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task, about, too_long
+from steerlab.evaluation.statistics.measures import Measure, empty
+from steerlab.evaluation.statistics.metrics import Result, Task, about
+from steerlab.evaluation.tasks.ability import harness_log
 from steerlab.evaluation.tasks.ability.harness_model import Fates, adapter
 from steerlab.job import Seed, Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
-Logged: TypeAlias = Mapping[str, Any]
-"""The harness's log of one document: its prompt, answers and metrics, with types that depend on the harness's task."""
-
-
 Name = Annotated[str, Field(min_length=1)]
 
 
 class Config(TaskConfig):
-    """A task of lm-evaluation-harness; `limit` takes the first documents of each of its tasks, as in the harness."""
+    """A task of lm-evaluation-harness; `limit` takes the first documents of each of its tasks, as in the harness, or those
+    from `offset` on in the order of `shuffle`."""
 
     task: Literal["lm_eval"] = "lm_eval"
     """This task."""
@@ -59,6 +54,11 @@ class Config(TaskConfig):
     """With a chat template: worked examples as turns of the chat; false writes them into the user's turn."""
     num_fewshot: int | None = Field(None, ge=0)
     """Number of worked examples before each question; null takes the task's default."""
+    shuffle: Seed | None = Field(None, exclude_if=lambda seed: seed is None)
+    """Seed by which the documents of each task are shuffled; null does not shuffle. A data set that reads the same file with
+    the same `shuffle` and no filter has its rows in the same order, so that `offset` and `limit` divide both into folds."""
+    offset: int = Field(0, ge=0, exclude_if=lambda number: number == 0)
+    """Number of documents of each task that are skipped, after the shuffle."""
     tasks_source: Source | None = None
     """Folder with your own task files; null uses the harness's tasks only."""
     trust_remote_code: bool = False
@@ -97,12 +97,14 @@ def run(model: SteeredModel, config: Config) -> Result:
     # The harness does not know strengths, so it runs once for each strength, and once for each task to separate their numbers.
     for strength, task in itertools.product(config.strengths, config.names):
         fates: Fates = {}
+        chosen = documents(config, manager, task)
         # The harness's bootstrap is switched off: the platform computes intervals from the observations itself.
         results = simple_evaluate(
             model=adapter(model, strength, config.seed, fates),
             tasks=[task],
             num_fewshot=config.num_fewshot,
-            limit=config.limit,
+            limit=config.limit if chosen is None else None,
+            samples=chosen,
             task_manager=manager,
             log_samples=True,
             bootstrap_iters=0,
@@ -111,11 +113,14 @@ def run(model: SteeredModel, config: Config) -> Result:
             apply_chat_template=config.chat_template,
             fewshot_as_multiturn=config.chat_template and config.fewshot_as_turns,
         )
+        if chosen is not None:
+            # The harness numbers the chosen documents from 0 in its requests, but by their places in the task in its log.
+            fates = {(name, chosen[name][number]): reason for (name, number), reason in fates.items()}
         better = results.get("higher_is_better") or {}
-        new, own = observe(results["samples"], results["results"], strength, fates, better, _prefix(config, task))
+        new, own = harness_log.observe(results["samples"], results["results"], strength, fates, better, _prefix(config, task))
         observations += new
         measured |= own
-        samples += [_sample(name, logged, strength) for name, rows in results["samples"].items() for logged in rows]
+        samples += [harness_log.sample(name, logged, strength) for name, rows in results["samples"].items() for logged in rows]
     return Result(observations, samples, (*measured.values(), *measures(config)))
 
 
@@ -145,128 +150,31 @@ def _library(config: Config) -> tuple[Callable[..., Any], Any]:
     return simple_evaluate, manager
 
 
+def documents(config: Config, manager: Any, name: str) -> dict[str, list[int]] | None:
+    """Return the documents of a task, or of each task of a group, that `shuffle`, `offset` and `limit` choose; ascending.
+
+    Returns:
+        Task -> numbers of its documents; None if no choice is needed but the first `limit`.
+
+    Raises:
+        ValueError: `offset` leaves no document of a task.
+    """
+    if config.shuffle is None and config.offset == 0:
+        return None
+    chosen = {}
+    for task, loaded in manager.load([name])["tasks"].items():
+        num_documents = len(loaded.eval_docs)
+        if config.offset >= num_documents:
+            raise ValueError(f"offset {config.offset} leaves no document of {task}, which has {num_documents}")
+        end = None if config.limit is None else config.offset + config.limit
+        # The harness evaluates documents in ascending order, whatever the order of their numbers.
+        chosen[task] = sorted(row_order.order(num_documents, config.shuffle)[config.offset : end])
+    return chosen
+
+
 def _prefix(config: Config, name: str) -> str:
     """Return the beginning of a task's metrics: empty for a single task, whose metrics need no name."""
     return "" if len(config.names) == 1 else f"{name}."
-
-
-def observe(
-    logged: Mapping[str, Sequence[Logged]],
-    reported: Mapping[str, Mapping[str, object]],
-    strength: float,
-    fates: Fates,
-    higher_is_better: Mapping[str, Mapping[str, bool | None]],
-    prefix: str = "",
-) -> tuple[list[Observation], dict[str, Measure]]:
-    """Turn the harness's logged samples into observations.
-
-    Args:
-        logged: task -> its logged documents.
-        reported: task -> `metric,filter` -> the harness's number.
-        strength: strength of the patch.
-        fates: documents that did not fit or were cut.
-        higher_is_better: task -> metric -> direction.
-        prefix: beginning of the metrics' names.
-
-    Returns:
-        The observations, and metric -> its measure.
-    """
-    observations: list[Observation] = []
-    measured: dict[str, Measure] = {}
-    for task, samples in logged.items():
-        legible = _legible(task, samples, strength, prefix)
-        observations += [_fated(o, task, int(o.id.rpartition("/")[2]), fates) for o in legible]
-        for (metric, answer_filter), group in _by_metric(samples).items():
-            number = reported[task].get(f"{metric},{answer_filter}")
-            means = _as_means([sample[metric] for sample in group], number)
-            # Hyphens become underscores, as in the names of all other metrics.
-            name = prefix + metric + ("" if answer_filter == "none" else f"_{answer_filter.replace('-', '_')}")
-            if means is None:
-                warnings.warn(f"lm_eval/{name} of {task} is not a mean over documents and is skipped ({number})", stacklevel=2)
-                continue
-            # If several tasks of a group report the same metric, the direction of the last one counts.
-            pairs, transform = means
-            measured[name] = Measure(name, _better(higher_is_better.get(task, {}).get(metric)), transform=transform)
-            for number, (value, weight) in zip([sample["doc_id"] for sample in group], pairs, strict=True):
-                observation = Observation(f"lm_eval/{name}", f"{task}/{number}", value, weight, strength)
-                observations.append(_fated(observation, task, number, fates))
-    return observations, measured
-
-
-def _better(higher_is_better: bool | None) -> Better | None:
-    return None if higher_is_better is None else "higher" if higher_is_better else "lower"
-
-
-def _fated(observation: Observation, task: str, number: int, fates: Fates) -> Observation:
-    """Mark an observation whose document did not fit or was cut."""
-    fate = fates.get((task, number))
-    return too_long(observation) if fate == TOO_LONG else observation._replace(reason=fate)
-
-
-def _legible(task: str, samples: Iterable[Logged], strength: float, prefix: str) -> list[Observation]:
-    """Return the legibility of the answers of each document whose answers are texts."""
-    # A document is logged once per filter, with the same answers; keyed by its id, it counts once.
-    answered = {sample["doc_id"]: [text for answers in sample.get("resps", ()) for text in answers] for sample in samples}
-    return [
-        observation
-        for number, texts in answered.items()
-        # Answers of multiple-choice tasks are pairs (log-likelihood, is greedy), not texts.
-        if texts and all(isinstance(text, str) for text in texts)
-        for o in legibility.observe_texts("lm_eval", f"{task}/{number}", texts, strength)
-        for observation in [o._replace(metric=f"lm_eval/{prefix}{o.metric.partition('/')[2]}")]
-    ]
-
-
-def _by_metric(samples: Iterable[Logged]) -> dict[tuple[str, str], list[Logged]]:
-    groups: dict[tuple[str, str], list[Logged]] = defaultdict(list)
-    for sample in samples:
-        for metric in sample["metrics"]:
-            groups[metric, sample["filter"]].append(sample)
-    return groups
-
-
-def _as_means(values: Sequence[object], number: object) -> tuple[list[tuple[float, float]], Transform] | None:
-    """Return ([(value, weight)], transform) whose weighted mean is the harness's number; None if no candidate gives it."""
-    if not isinstance(number, int | float):
-        return None
-    # The harness does not report how it aggregates, so each known way is tried and compared with its number.
-    for pairs, transform in _candidates(values):
-        mean = sum(v * w for v, w in pairs) / sum(w for _, w in pairs)
-        # exp(710) overflows a double.
-        value = math.exp(min(mean, 709.0)) if transform == "exp" else mean
-        if math.isclose(value, number, rel_tol=1e-6, abs_tol=1e-9):
-            return pairs, transform
-    return None
-
-
-def _candidates(values: Sequence[Any]) -> Iterator[tuple[list[tuple[float, float]], Transform]]:
-    if all(isinstance(value, bool | int | float) or getattr(value, "ndim", None) == 0 for value in values):
-        yield [(float(value), 1.0) for value in values], "identity"
-        yield [(-float(value), 1.0) for value in values], "exp"
-    elif all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
-        # (log-likelihood in nats, number of words or bytes): a perplexity, or bits per byte.
-        yield [(-float(ll) / size, float(size)) for ll, size in values], "exp"
-        yield [(-float(ll) / size / math.log(2), float(size)) for ll, size in values], "identity"
-
-
-def _sample(task: str, logged: Logged, strength: float) -> dict[str, object]:
-    texts = [text for answers in logged.get("resps", ()) for text in answers]
-    written = {"output": texts[0]} if texts and all(isinstance(text, str) for text in texts) else {}
-    return {
-        "id": f"{task}/{logged['doc_id']}",
-        "strength": strength,
-        "prompt": str(logged["arguments"][0][0]),
-        "target": str(logged["target"]),
-        **written,
-        "responses": str(logged["filtered_resps"]),
-        "filter": str(logged["filter"]),
-        # A document's metric is a number, or the input of the aggregation, such as a pair or a text.
-        **{metric: _number_or_text(logged[metric]) for metric in logged["metrics"]},
-    }
-
-
-def _number_or_text(value: object) -> float | str:
-    return float(value) if isinstance(value, bool | int | float) or getattr(value, "ndim", None) == 0 else str(value)  # type: ignore[arg-type]
 
 
 def chats(config: Config) -> bool:

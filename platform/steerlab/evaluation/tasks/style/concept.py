@@ -8,7 +8,7 @@ capable; each metric is reported only if its scorer is configured:
     concept/similarity   mean cosine between the sentence embeddings of a continuation and of the concept (or `examples`)
     concept/judged       continuations that a judge (yes or no) or a classifier considers to be about the concept
     concept/empty, concept/unfinished, concept/repetition, concept/letters        see `legibility`
-    concept/distinct_1..3, concept/base_perplexity        see `fluency`
+    concept/distinct_1..3, concept/base_perplexity, concept/reader_perplexity        see `fluency`
 
 `words` also matches regular plurals, -ed and -ing forms in English spelling (`fairy`: fairies; `stop`: stopped); list irregular
 forms (mice, ran) as separate words. Only the continuation is scored. It cannot be judged if it is empty, or if the judge
@@ -91,11 +91,12 @@ def measures(config: Config) -> tuple[Measure, ...]:
     configured = [share("words", "higher")] if config.words else []
     configured += [likeness("similarity")] if config.embedding_source else []
     configured += [share("judged", "higher")] if config.classifier_source or config.judge_source else []
-    return (*configured, *legibility.measures(always_cut=True), *fluency.measures())
+    return (*configured, *legibility.measures(always_cut=True), *fluency.measures(config.reader_source))
 
 
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse scorers that do not exist, lack the class or have no tokens for Yes and No. Raises ValueError."""
+    fluency.check(config.reader_source)
     if config.embedding_source is not None:
         with about("embedding_source"):
             scorers.check_embedder(config.embedding_source)
@@ -121,7 +122,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             observations += with_legibility("concept", text.id, [output], own, strength)
             scores = {o.metric.partition("/")[2]: score_of(own, o.metric) for o in own}
             samples.append(sample(text.id, strength, text.prompt, text.text, concept=config.concept, **scores))
-    observations += fluency.observe("concept", model, ids, prompts, outputs, config.strengths)
+    observations += fluency.observe("concept", model, ids, prompts, outputs, config.strengths, config.reader_source)
     return Result(observations, samples, measures(config))
 
 

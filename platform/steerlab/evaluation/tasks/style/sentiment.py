@@ -7,7 +7,7 @@ compound score lies between -1 (most negative) and 1; the authors call 0.05 and 
     sentiment/positive   continuations with a score of at least 0.05
     sentiment/negative   continuations with a score of at most -0.05
     sentiment/empty, sentiment/unfinished, sentiment/repetition, sentiment/letters        see `legibility`
-    sentiment/distinct_1..3, sentiment/base_perplexity        see `fluency`
+    sentiment/distinct_1..3, sentiment/base_perplexity, sentiment/reader_perplexity        see `fluency`
 
 The default prompts are the first words of negative movie reviews from VADER's validation data (scored by humans
 from -4 to 4; here those with at most -1). Only the continuation is scored; an empty one cannot be judged.
@@ -28,6 +28,7 @@ from steerlab.evaluation.statistics.measures import Measure, likeness, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Scorer, Task, observed, plain_texts, score_of
 from steerlab.evaluation.statistics.written import Written
 from steerlab.job import DataSet
+from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
 REVIEWS = (
@@ -59,8 +60,13 @@ class Config(ContinuationConfig):
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return the measures; no direction is better, because the wanted sentiment depends on the user."""
-    language = (*legibility.measures(always_cut=True), *fluency.measures())
+    language = (*legibility.measures(always_cut=True), *fluency.measures(config.reader_source))
     return (likeness("score", None), share("positive", None), share("negative", None), *language)
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse a reader that is not a language model. Raises ValueError."""
+    fluency.check(config.reader_source)
 
 
 def run(model: SteeredModel, config: Config) -> Result:
@@ -75,7 +81,7 @@ def run(model: SteeredModel, config: Config) -> Result:
         for text, output, scores in zip(written, row, judge_texts(written), strict=True):
             observations += with_legibility("sentiment", text.id, [output], scores, strength)
             samples.append(sample(text.id, strength, text.prompt, text.text, compound=score_of(scores, "sentiment/score")))
-    observations += fluency.observe("sentiment", model, ids, prompts, outputs, config.strengths)
+    observations += fluency.observe("sentiment", model, ids, prompts, outputs, config.strengths, config.reader_source)
     return Result(observations, samples, measures(config))
 
 
@@ -116,4 +122,4 @@ def vader() -> scorers.Scorer:
     return lambda texts: [analyser.polarity_scores(text)["compound"] for text in texts]
 
 
-TASK = Task(Config, run, measures, chats=plain_texts, scorer=scorer)
+TASK = Task(Config, run, measures, check=check, chats=plain_texts, scorer=scorer)
