@@ -138,8 +138,9 @@ def judge(
     with asking.session(store) as session:
         scored = task.scorer(config, device)(written)
     observations = [
-        [*own, *legibility.observe_texts(config.task, text.id, [text.text], text.strength)]
+        [*own, *legibility.observe_texts(config.task, text.id, texts, text.strength, suffix)]
         for text, own in zip(written, scored, strict=True)
+        for texts, suffix in [task.answers(config, text)]
     ]
     flat = [o for own in observations for o in own]
     # In a file of an evaluation, rows with one id are answers to one item; an id in a foreign file may mean anything.

@@ -133,6 +133,8 @@ class Task(NamedTuple, Generic[_M, _C]):
     scorer: Callable[[_C, Any], Scorer] | None = None
     """(config, device) -> the scorer of the task's texts, with its models loaded; `run` uses the same one. None if the
     task does not judge texts, or needs more than the columns of a file."""
+    answers: Callable[[_C, Written], tuple[Sequence[str], str]] = lambda config, text: ((text.text,), "")
+    """(config, row of a file) -> the model's answers in it, and the end of the names of their `legibility` metrics."""
     example: Mapping[str, JsonValue] = {}
     """Values of the config's fields without a default, for the catalogue."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+_T = TypeVar("_T")
 
 
 class Written(NamedTuple):
@@ -26,3 +28,29 @@ class Written(NamedTuple):
                 f"item {self.id} has no value in the column {name!r}, which this task needs; it has {', '.join(self.row)}"
             )
         return str(value)
+
+    def seed(self, default: int) -> int:
+        """Return the seed of the task that the text was written with; `default` for a file of one seed."""
+        seed = self.row.get("task_seed")
+        return seed if isinstance(seed, int) else default
+
+    def item(self, items: Mapping[str, _T]) -> _T:
+        """Return the item of the text, of those by id. Raises ValueError if none has its id."""
+        if self.id not in items:
+            raise ValueError(
+                f"item {self.id}: the task's source has no such item; set the source that the file was written for"
+            )
+        return items[self.id]
+
+    def check_same(self, column: str, expected: str) -> None:
+        """Check that the file's text in a column is that of the task's item with this id; a file without the column passes.
+
+        Raises:
+            ValueError: they differ, so the file was written for other rows, whose answers need other verdicts.
+        """
+        value = self.row.get(column)
+        if value is not None and str(value) != expected:
+            raise ValueError(
+                f"item {self.id}: the file's {column} is {str(value)[:40]!r}, but the task's own is {expected[:40]!r}; set the "
+                "source, the seed and the other fields that the file was written with (--set)"
+            )

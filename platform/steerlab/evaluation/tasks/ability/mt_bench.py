@@ -251,5 +251,11 @@ def _sample(text: Written) -> dict[str, object]:
 
 
 TASK = Task(
-    Config, run, measures, check=check, scorer=scorer, example={"source": "question.jsonl", "judge_source": "hf:ORG/NAME"}
+    Config,
+    run,
+    measures,
+    check=check,
+    scorer=scorer,
+    answers=lambda config, text: ((text.text, _answer(text, 2)), ""),
+    example={"source": "question.jsonl", "judge_source": "hf:ORG/NAME"},
 )

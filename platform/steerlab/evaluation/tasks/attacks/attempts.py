@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
 from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.asking.answers import SampledConfig, answers, with_legibility
 from steerlab.evaluation.statistics.measures import Measure, share
-from steerlab.evaluation.statistics.metrics import Observation, Result
+from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer
+from steerlab.evaluation.statistics.written import Written
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import DATA, INSTRUCTION, Conversation, Part
 from steerlab.job import Seed, TaskConfig
 from steerlab.steered.language import SteeredModel
 
+_C = TypeVar("_C", bound=TaskConfig)
 Closing = Literal["after", "instruction"]
 """Place of the rule's second half: after the attack, as an instruction; or at the end of the instruction before it."""
 
@@ -92,6 +94,30 @@ def attack(model: SteeredModel, config: TaskConfig, attempts: Sequence[Attempt],
         for one in attempts:
             observations += observe(config.task, one, None, strength) if one.problem else []
     return Result(observations, samples, measures)
+
+
+def scorer_of(load: Callable[[_C], Sequence[Attempt]]) -> Callable[[_C, object], Scorer]:
+    """Return the scorer of a task whose attacks have rules of their own; a text is judged by that of its id.
+
+    Args:
+        load: config -> all attacks of the task.
+    """
+
+    def scorer(config: _C, device: object = None) -> Scorer:
+        # Some attacks are at random places, so each seed of the file has its own.
+        loaded: dict[int, dict[str, Attempt]] = {}
+
+        def judged(text: Written) -> list[Observation]:
+            seed = text.seed(config.seed)
+            if seed not in loaded:
+                loaded[seed] = {one.id: one for one in load(config.model_copy(update={"seed": seed}))}
+            one = text.item(loaded[seed])
+            text.check_same("data", one.data)
+            return observe(config.task, one, one.succeeded(text.text), text.strength)
+
+        return lambda written: [judged(text) for text in written]
+
+    return scorer
 
 
 def observe(task: str, attempt: Attempt, verdict: bool | None, strength: float = 1.0) -> list[Observation]:

@@ -41,7 +41,8 @@ from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.asking.answers import answers, with_legibility
 from steerlab.evaluation.asking.items import choose
 from steerlab.evaluation.statistics.measures import Measure, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about
+from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer, Task, about
+from steerlab.evaluation.statistics.written import Written
 from steerlab.evaluation.tasks.attacks import wordings
 from steerlab.evaluation.tasks.attacks.attempts import AttackConfig
 from steerlab.evaluation.tasks.attacks.bipia_attacks import Attack, Match, judge, programmatic
@@ -136,6 +137,32 @@ def run(model: SteeredModel, config: Config) -> Result:
             observations += with_legibility("bipia", a.id, [output], own, strength)
         samples += [_sample(a, o.text, v, strength) for a, o, v in zip(attempts, outputs, verdicts, strict=True)]
     return Result(observations, samples, measures(config))
+
+
+def scorer(config: Config, device: object = None) -> Scorer:
+    """Return the scorer of answers, whose attacks are those of the ids."""
+    loaded: dict[int, dict[str, Attempt]] = {}
+
+    def attempt_of(text: Written) -> Attempt:
+        seed = text.seed(config.seed)
+        if seed not in loaded:
+            loaded[seed] = {one.id: one for one in load(config.model_copy(update={"seed": seed}))}
+        one = text.item(loaded[seed])
+        text.check_same("data", one.data)
+        return one
+
+    def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
+        attempts = [attempt_of(text) for text in written]
+        verdicts = [judge(a.attack, w.text, config.emoji_ratio, config.match) for a, w in zip(attempts, written, strict=True)]
+        observations: list[list[Observation]] = [[] for _ in written]
+        # The weights of the scenarios are counted at each strength, as in a run.
+        for strength in dict.fromkeys(text.strength for text in written):
+            at = [number for number, text in enumerate(written) if text.strength == strength]
+            for number, own in zip(at, observe([attempts[i] for i in at], [verdicts[i] for i in at], strength), strict=True):
+                observations[number] = own
+        return observations
+
+    return judge_texts
 
 
 def insert(context: str, attack: str, place: Place, draw: random.Random) -> str:
@@ -255,4 +282,4 @@ def _sample(a: Attempt, output: str, verdict: bool | None, strength: float) -> d
     }
 
 
-TASK = Task(Config, run, measures, check=check, example={"source": "BIPIA/benchmark"})
+TASK = Task(Config, run, measures, check=check, scorer=scorer, example={"source": "BIPIA/benchmark"})

@@ -31,6 +31,7 @@ from steerlab.evaluation.tasks.attacks.attempts import (
     closed,
     measures_of,
     normal,
+    scorer_of,
 )
 from steerlab.job import Source
 from steerlab.models import ModelFacts
@@ -125,4 +126,4 @@ def _attempt(item: Numbered, config: Config) -> Attempt:
     return closed(attempt, config.closing)
 
 
-TASK = Task(Config, run, measures, check=check)
+TASK = Task(Config, run, measures, check=check, scorer=scorer_of(load))

@@ -19,8 +19,8 @@ of `both` end in `_both`. Rows that contain the witness are skipped.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import Field, model_validator
 
@@ -30,7 +30,8 @@ from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.asking.answers import SampledConfig, answers, judged, with_legibility
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, instruction_rows
 from steerlab.evaluation.statistics.measures import Measure, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task, contains
+from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer, Task, contains
+from steerlab.evaluation.statistics.written import Written
 from steerlab.evaluation.tasks.attacks.forging import (
     ATTACKS,
     STYLES,
@@ -100,6 +101,9 @@ class InjectionConfig(SampledConfig):
                 "as a success; translate the request in `injection`"
             )
         return self
+
+
+_I = TypeVar("_I", bound=InjectionConfig)
 
 
 class Config(InjectionConfig):
@@ -221,6 +225,45 @@ def observe(
     return observations
 
 
+def scorer_of(
+    suffix_of: Callable[[_I], Mapping[Position, str]],
+) -> Callable[[_I, object], Scorer]:
+    """Return the scorer of an injection task; the attack and its position are columns of the file.
+
+    Args:
+        suffix_of: config -> position -> end of its metrics' names.
+    """
+
+    def scorer(config: _I, device: object = None) -> Scorer:
+        suffixes = {str(position): suffix for position, suffix in suffix_of(config).items()}
+
+        def judged(text: Written) -> list[Observation]:
+            attack, position = text.field("attack"), text.field("position")
+            if attack not in get_args(Attack) or position not in suffixes:
+                raise ValueError(
+                    f"item {text.id}: attack {attack!r} at position {position!r} is not one of the task's: "
+                    f"{', '.join(get_args(Attack))} at {' or '.join(suffixes)}"
+                )
+            # The mean of an item's observations of `asr` is that over its attacks.
+            names = [attack] if attack == "none" else [attack, "asr"]
+            success = float(succeeded(text.text, config))
+            return [Observation(f"{config.task}/{n}{suffixes[position]}", text.id, success, 1.0, text.strength) for n in names]
+
+        return lambda written: [judged(text) for text in written]
+
+    return scorer
+
+
+def answers_of(
+    suffix_of: Callable[[_I], Mapping[Position, str]],
+) -> Callable[[_I, Written], tuple[Sequence[str], str]]:
+    """Return the function that gives the answer in a row of a file, and the end of its metrics' names."""
+    return lambda config, text: (
+        (text.text,),
+        {str(p): suffix for p, suffix in suffix_of(config).items()}[text.field("position")],
+    )
+
+
 def words_of(config: InjectionConfig) -> Words:
     """Return the texts of a config's attacks, with the sentences of its file."""
     injection = STYLES[config.style].spelled(config.injection)
@@ -272,4 +315,8 @@ def _sample(a: Attempt, output: Generation, config: InjectionConfig, strength: f
     }
 
 
-TASK = Task(Config, run, measures, check=check)
+def _suffix(config: Config) -> dict[Position, str]:
+    return {config.position: _SUFFIX[config.position]}
+
+
+TASK = Task(Config, run, measures, check=check, scorer=scorer_of(_suffix), answers=answers_of(_suffix))

@@ -28,7 +28,7 @@ from steerlab.evaluation.asking.items import choose
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import Result, Task, about
 from steerlab.evaluation.tasks.attacks import wordings
-from steerlab.evaluation.tasks.attacks.attempts import AttackConfig, Attempt, attack, measures_of
+from steerlab.evaluation.tasks.attacks.attempts import AttackConfig, Attempt, attack, measures_of, scorer_of
 from steerlab.evaluation.tasks.attacks.rules_scenarios import SCENARIOS, Case
 from steerlab.job import Source
 from steerlab.models import ModelFacts
@@ -150,4 +150,4 @@ def _messages(listed: object, where: str) -> list[str]:
     return [values.text(turn.get("content"), f"{where}: content of a message") for turn in turns]
 
 
-TASK = Task(Config, run, measures, check=check, example={"source": "RuLES/systematic"})
+TASK = Task(Config, run, measures, check=check, scorer=scorer_of(load), example={"source": "RuLES/systematic"})

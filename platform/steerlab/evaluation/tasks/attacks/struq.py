@@ -26,9 +26,11 @@ from steerlab.evaluation.statistics.metrics import Result, Task
 from steerlab.evaluation.tasks.attacks.injection import (
     InjectionConfig,
     Position,
+    answers_of,
     check_sentences,
     measures_of,
     run_attacks,
+    scorer_of,
 )
 from steerlab.job import Seed, Source
 from steerlab.models import ModelFacts
@@ -70,4 +72,13 @@ def run(model: SteeredModel, config: Config) -> Result:
     return run_attacks(model, config, rows, config.positions, _SUFFIX, "struq")
 
 
-TASK = Task(Config, run, measures, version=2, check=check, example={"source": "alpaca_farm_evaluations.json"})
+TASK = Task(
+    Config,
+    run,
+    measures,
+    version=2,
+    check=check,
+    scorer=scorer_of(lambda config: _SUFFIX),
+    answers=answers_of(lambda config: _SUFFIX),
+    example={"source": "alpaca_farm_evaluations.json"},
+)

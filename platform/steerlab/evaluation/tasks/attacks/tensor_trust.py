@@ -28,6 +28,7 @@ from steerlab.evaluation.tasks.attacks.attempts import (
     closed,
     measures_of,
     normal,
+    scorer_of,
 )
 from steerlab.job import Source
 from steerlab.models import ModelFacts
@@ -105,4 +106,4 @@ def _exact(config: Config) -> bool:
 
 
 _EXAMPLE = {"source": "hijacking_robustness_dataset.jsonl"}
-TASK = Task(Config, run, measures, check=check, example=_EXAMPLE)
+TASK = Task(Config, run, measures, check=check, scorer=scorer_of(load), example=_EXAMPLE)

@@ -237,4 +237,8 @@ def _sample(prompt: Prompt, text: str, refused: Score, strength: float) -> dict[
     }
 
 
-TASK = Task(Config, run, measures, check=check, scorer=scorer)
+def _answers(config: Config, text: Written) -> tuple[tuple[str], str]:
+    return (text.text,), _HARMLESS if text.row.get("kind") == "harmless" else ""
+
+
+TASK = Task(Config, run, measures, check=check, scorer=scorer, answers=_answers)

@@ -42,7 +42,8 @@ from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.asking.answers import answers, with_legibility
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, number
 from steerlab.evaluation.statistics.measures import Measure, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, contains
+from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer, Task, about, contains
+from steerlab.evaluation.statistics.written import Written
 from steerlab.evaluation.tasks.roles.embedded_probes import POSITIONS, embedded_rows
 from steerlab.job import Source, TaskConfig, cut
 from steerlab.models import ModelFacts
@@ -135,6 +136,25 @@ def run(model: SteeredModel, config: Config) -> Result:
             observations += with_legibility("separation", item.id, [d, i], judged, strength)
         samples += [_sample(*answered, strength) for answered in zip(items, in_data, in_instruction, strict=True)]
     return Result(observations, samples, measures(config))
+
+
+def scorer(config: Config, device: object = None) -> Scorer:
+    """Return the scorer of items, whose two answers are the columns `output_in_data` and `output_in_instruction`."""
+    items = {item.id: item for item in load(config.source)}
+
+    def judged(text: Written) -> list[Observation]:
+        item = text.item(items)
+        text.check_same("data_with_probe", item.data_with_probe)
+        in_data, in_instruction = both_answers(text)
+        return judge(item, in_data, in_instruction, text.strength, config.by)
+
+    return lambda written: [judged(text) for text in written]
+
+
+def both_answers(text: Written) -> tuple[str, str]:
+    """Return the two answers in a row of a file; an empty one is null in files of some programs."""
+    in_data, in_instruction = (str(text.row.get(name) or "") for name in ("output_in_data", "output_in_instruction"))
+    return in_data, in_instruction
 
 
 def judge(
@@ -268,4 +288,4 @@ def _sample(item: Item, in_data: Generation, in_instruction: Generation, strengt
     }
 
 
-TASK = Task(Config, run, measures, check=check)
+TASK = Task(Config, run, measures, check=check, scorer=scorer, answers=lambda config, text: (both_answers(text), ""))
