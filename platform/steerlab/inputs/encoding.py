@@ -80,15 +80,15 @@ class Encoder(PromptStyle):
     @property
     def eos_id(self) -> int | None:
         """Id of the tokenizer's end-of-sequence token."""
-        number: Any = self.tokenizer.eos_token_id
-        return number
+        number = self.tokenizer.eos_token_id
+        return number if isinstance(number, int) else None
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """Ids that end generation: the end of a sequence, and the end of a turn in the chat template."""
         turn = self._markers.end
-        ids: tuple[Any, ...] = (self.eos_id, None if turn is None else self.tokenizer.convert_tokens_to_ids(turn))
-        return frozenset(int(number) for number in ids if number is not None)
+        ids = (self.eos_id, None if turn is None else self.tokenizer.convert_tokens_to_ids(turn))
+        return frozenset(number for number in ids if isinstance(number, int))
 
     @cached_property
     def _markers(self) -> TurnMarkers:

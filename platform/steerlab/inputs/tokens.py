@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -215,8 +215,5 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
     Any id will do, because attention masks and labels are always explicit.
     """
-    candidates: Any = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    for candidate in candidates:
-        if candidate is not None:
-            return int(candidate)
-    return 0
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((candidate for candidate in candidates if isinstance(candidate, int)), 0)

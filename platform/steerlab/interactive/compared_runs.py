@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from steerlab import run as runs
 from steerlab.interactive.opened_run import Run, read_run
@@ -14,6 +14,8 @@ from steerlab.interactive.outputs import html_table
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+    from steerlab.evaluation.statistics.paired import Difference
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Comparison:
         return html_table(header, body, f"{self.of.second} minus {self.of.first}")
 
 
-def _is_more(difference: Any) -> bool:
+def _is_more(difference: Difference) -> bool:
     return bool(difference.low > 0 or difference.high < 0)
 
 

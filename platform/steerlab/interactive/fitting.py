@@ -13,7 +13,7 @@ import torch
 
 from steerlab import run as runs
 from steerlab.cli.running import progress as bars
-from steerlab.guards.json_values import JsonObject
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.interactive.given import Rows, data_set
 from steerlab.interactive.model_loading import load
 from steerlab.interactive.model_origin import Origin
@@ -118,7 +118,7 @@ def _tree(
         reads = {**reads, "select": {**reads.get("select", {}), "modules": modules}}
     elif modules is not None:
         config["modules"] = modules
-    asks: Mapping[str, Any] = model.steered.encoder.spec
+    asks = model.steered.encoder.spec
     prompt = {name: asks[name] for name in PROMPT_FIELDS if name in asks}
     tree: JsonObject = {
         "name": "fit",
@@ -142,7 +142,7 @@ def _longest(model: SteeredModel) -> JsonObject:
     return {"max_tokens": int(context)} if context < default else {}
 
 
-def _model(model: Model, asks: Mapping[str, Any]) -> JsonObject:
+def _model(model: Model, asks: Mapping[str, Json]) -> JsonObject:
     loading, steered = model.origin.loading, model.steered
     about: JsonObject = {"source": str(model.origin.checkpoint)}
     if isinstance(steered, SteeredPipeline):

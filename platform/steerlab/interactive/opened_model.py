@@ -23,7 +23,10 @@ from steerlab.steered.language import SteeredModel
 from steerlab.storage.bases import PROMPT
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from steerlab.interactive.patch import Patch
+    from steerlab.patches import SavedPatch
 
 Tokens = Literal["last", "mean", "max", "min", "median", "all"]
 """Tokens whose activations are returned: the last one, all of them, or their mean as one vector."""
@@ -93,7 +96,7 @@ class Model:
         finally:
             self._restack(*before)
 
-    def _restack(self, stack: tuple[Any, ...], settled: tuple[float, ...], strength: float) -> None:
+    def _restack(self, stack: tuple[SavedPatch, ...], settled: tuple[float, ...], strength: float) -> None:
         self.steered.detach()
         self.steered.patches, self.steered.settled, self.strength = stack, settled, strength
         self.steered.attach()
@@ -243,7 +246,9 @@ class Model:
         images = self.drawing.draw(drawings, strengths=chosen, guidance=guidance, steps=steps)
         return Images(images, chosen, tuple(listed))
 
-    def picture(self, prompt: str, *, seed: int = 0, strength: float | None = None, guidance: float | None = None) -> Any:
+    def picture(
+        self, prompt: str, *, seed: int = 0, strength: float | None = None, guidance: float | None = None
+    ) -> Image.Image:
         """Draw one image."""
         return self.draw(prompt, seed=seed, strengths=strength, guidance=guidance)[0]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
@@ -23,6 +23,8 @@ from steerlab.storage.bases import BASE, PROMPT
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from steerlab.patches.maps import MapLayer
 
 _METHOD = "method.json"
 """File with the config of the method that made a patch, beside a patch that `Patch.save` wrote."""
@@ -168,7 +170,7 @@ class Patch:
         return html_table(["", ""], rows[:40], f"patch of {self.method}")
 
 
-def _displacement(layer: Any) -> float:
+def _displacement(layer: MapLayer) -> float:
     """Return the norm of the vector that a map adds to the zero vector."""
     import torch
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -91,8 +91,7 @@ class PixelPipeline(DiffusionPipeline):
 
     @property
     def _classes(self) -> list[str]:
-        settings: Any = self.config
-        return list(settings.classes)
+        return list(self.config["classes"])
 
     def condition(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the denoiser's arguments that hold the prompts; the empty prompt means no condition.
@@ -149,9 +148,9 @@ class PixelPipeline(DiffusionPipeline):
 
     def _step_arguments(self, generator: list[torch.Generator] | None) -> dict[str, object]:
         # Only schedulers that add noise in each step take a generator.
-        return {"generator": generator} if "generator" in _taken_by_step(type(self.scheduler)) else {}
+        return {"generator": generator} if "generator" in _arguments_of(type(self.scheduler).step) else {}
 
 
 @cache
-def _taken_by_step(scheduler: type[Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(scheduler.step).parameters)
+def _arguments_of(step: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(step).parameters)

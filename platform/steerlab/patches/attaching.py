@@ -199,7 +199,7 @@ class Attached:
         handle = head.register_forward_pre_hook(pick)
 
 
-def attached_patches(model: Any) -> tuple[Patch, ...] | None:
+def attached_patches(model: nn.Module) -> tuple[Patch, ...] | None:
     """Return the patches of the stack that is attached to a model; None without a stack."""
     # The stack is found by its hook instead of an attribute of the model, which `deepcopy` and `state_dict` would have to
     # handle.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class RewardPatch(nn.Module):
         if self.head is not None:
             rewards.head.to(model.device)
         # `read` has one entry at most: what `take` has computed before the model's pass, for `edit` in its head.
-        read: list[tuple[Any, Tensor]] = []
+        read: list[tuple[object, Tensor]] = []
         newest: list[tuple[Tensor | None, bool]] = []
 
         def rests() -> bool:
@@ -74,14 +74,14 @@ class RewardPatch(nn.Module):
                 newest[:] = [(forward.strengths_NB, alpha_B is not None and not bool(alpha_B.any()))]
             return newest[0][1]
 
-        def take(_model: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
+        def take(_model: nn.Module, _args: object, kwargs: dict[str, Tensor]) -> None:
             # At strength 0 the model runs alone, so the reward model need not read the text.
             if rests():
                 read.clear()
                 return
             inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs}
             inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-            kept: dict[str, Any] = {} if forward.memory is None else forward.memory.setdefault(number, {})
+            kept: dict[str, object] = {} if forward.memory is None else forward.memory.setdefault(number, {})
             kept["cache"] = rewards.read(inputs, kept.get("cache"))
             read[:] = [(kept["cache"], inputs["attention_mask"])]
 

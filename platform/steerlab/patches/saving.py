@@ -7,11 +7,12 @@ import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, get_type_hints
+from typing import Any, TypeAlias, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, create_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from steerlab import models
 from steerlab.guards import saved
@@ -24,9 +25,6 @@ from steerlab.patches.reward import RewardPatch
 from steerlab.patches.second_model import SecondModelPatch
 from steerlab.patches.weight import WeightPatch
 from steerlab.storage.whole import is_intact, json_sum, xxh3
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _SPEC, _TENSORS = "patch.json", "patch.safetensors"
 _CHANGED = "has changed since it was written; copy or make the patch again"
@@ -73,7 +71,7 @@ class _Saved(BaseModel):
     """XXH3 sums of files beside it; empty in patches of schema 1."""
 
 
-def load(directory: Path, model: PreTrainedModel | None = None) -> SavedPatch:
+def load(directory: Path, model: nn.Module | None = None) -> SavedPatch:
     """Read a patch, in evaluation mode on the CPU.
 
     Args:

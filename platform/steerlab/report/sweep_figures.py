@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from steerlab.evaluation.statistics.stored import MetricNumbers
 from steerlab.report.contents import Document, measure_in
@@ -78,8 +78,8 @@ def against(sweep: Sweep, parameter: str) -> Figure | None:
     return drawn.done(380, {name: title(measure_in(sweep.runs, name)) for name in sweep.metrics[:MAX_METRICS]})
 
 
-_Points = Sequence[tuple[Any, MetricNumbers, Document]]
-"""(value of the parameter, metric, row) of each trial in a figure."""
+_Points = Sequence[tuple[float | str, MetricNumbers, Document]]
+"""(value of the parameter, metric, row) of each trial in a figure; a value that is not a number is a text."""
 _FEW_SETTINGS = 5
 """Largest number of settings of the other parameters with a line each; with more, one line joins the means over all."""
 
@@ -91,7 +91,7 @@ def _by_setting(sweep: Sweep, parameter: str, points: _Points) -> list[tuple[str
         (values of the other parameters, points); with too many settings or only one, all points under None.
     """
     others = [name for name in sweep.varied if name != parameter]
-    groups: dict[str, list[tuple[object, MetricNumbers, Document]]] = {}
+    groups: dict[str, list[tuple[float | str, MetricNumbers, Document]]] = {}
     for point in points:
         values = [point[2].get(f"param.{name}") for name in others]
         groups.setdefault(", ".join(_ending(value) for value in values), []).append(point)
@@ -110,9 +110,10 @@ def _ending(value: object) -> str:
 
 def _add_means(drawn: Drawing, points: _Points, metric: str, numeric: bool, name: str | None, number: int) -> None:
     """Draw the mean at each value as a line, unless nearly every trial has another value."""
-    grouped: dict[Any, list[float]] = {}
+    grouped: dict[float, list[float]] = {}
     for x, measured_metric, _ in points:
-        grouped.setdefault(x, []).append(measured_metric["value"])
+        if not isinstance(x, str):
+            grouped.setdefault(x, []).append(measured_metric["value"])
     # A random search has nearly as many values as trials: a line through all of them would show noise.
     if not numeric or len(grouped) > max(2, len(points) // 2 + 1) > 40:
         return
@@ -158,21 +159,22 @@ class _Axis(NamedTuple):
     """(height, text)."""
 
 
-def _scaled(name: str, values: Sequence[Any], most_ticks: int = 8) -> _Axis:
+def _scaled(name: str, values: Sequence[object], most_ticks: int = 8) -> _Axis:
     """Place values on an axis: numbers on a linear or a logarithmic scale, other values evenly in the order of their names."""
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < len(values):
         texts = ["none" if value is None else str(value) for value in values]
         kinds = sorted(set(texts))
         places = {kind: number / max(1, len(kinds) - 1) for number, kind in enumerate(kinds)}
         return _Axis(name, [places[text] for text in texts], [(place, kind) for kind, place in places.items()])
-    few = sorted(set(values))
+    few = sorted(set(numbers))
     # A logarithmic scale needs positive values.
     wide = few[0] > 0 and few[-1] / few[0] > _WIDE_PARAMETER
     scale: Callable[[float], float] = math.log if wide else float
     low, high = scale(few[0]), scale(few[-1])
     heights = {value: (scale(value) - low) / (high - low) if high > low else 0.5 for value in few}
     written = few if len(few) <= most_ticks else [few[0], few[-1]]
-    return _Axis(name, [heights[value] for value in values], [(heights[value], f"{value:.4g}") for value in written])
+    return _Axis(name, [heights[value] for value in numbers], [(heights[value], f"{value:.4g}") for value in written])
 
 
 def _shades(num_rows: int) -> list[range]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from steerlab.guards import late
 from steerlab.storage.store import Store
@@ -69,7 +69,7 @@ def _read_on(nodes: list[str], path: str) -> dict[str, str]:
     return {node: "" if answer in left else _content(answer) for answer, node in asked.items()}
 
 
-def _content(answer: Any) -> str:
+def _content(answer: ray.ObjectRef[str]) -> str:
     from ray.exceptions import RayError
 
     try:

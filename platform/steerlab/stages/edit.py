@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from steerlab.inputs.encoding import Encoder
+
 _CHANGE = "change"
 """Name of the only part of the stage."""
 EDIT = "edit.json"
@@ -152,7 +154,7 @@ def _fetched(source: str | None) -> Path:
     return sources.fetch(source)
 
 
-def _merged(directory: Path, params: Params) -> tuple[PreTrainedModel, Any, str]:
+def _merged(directory: Path, params: Params) -> tuple[PreTrainedModel, Encoder, str]:
     """Load a model in float32 with its patches merged; return also its encoder, and its fingerprint without patches."""
     model, encoder, below = load_stack(directory, dtype="float32", trust_remote_code=params.model.trust_remote_code)
     fingerprint = models.fingerprint(model)

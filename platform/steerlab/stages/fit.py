@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from pydantic import Field
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from steerlab.activations.parquet import Activations
     from steerlab.methods.math.sequential_fit import Reading
+    from steerlab.steered.language import SteeredModel
 else:
     ray = late.module("ray")
 
@@ -245,7 +246,7 @@ def _in_order(loading: Loading, params: Params, read: Mapping[str, Activations])
     return _Fit(dict(maps), selection, str(about["fingerprint"]), cast("JsonObject", about["prompt"]), seconds, num_rows)
 
 
-def _readings(model: Any, params: Params, steer: Selection) -> tuple[list[Reading], dict[str, int]]:
+def _readings(model: SteeredModel, params: Params, steer: Selection) -> tuple[list[Reading], dict[str, int]]:
     """Return the texts of a fit of one place after another in batches, and the number of texts by role.
 
     Raises:

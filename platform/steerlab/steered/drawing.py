@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -32,7 +31,7 @@ class SteeredPipeline(Steered):
 
     model: Diffusion
     encoder: Prompter
-    _last: tuple[Any, Tensor] | None = field(init=False, default=None)
+    _last: tuple[tuple[object, ...], Tensor] | None = field(init=False, default=None)
     """Arguments and images of the last call of `draw`: several tasks of one job measure the same images."""
 
     @property

@@ -16,7 +16,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +29,9 @@ from steerlab.steered import stacks
 from steerlab.steered.language import SteeredModel
 from steerlab.steered.model import differences
 from steerlab.steered.nearest_vectors import is_approximable, mean_moves
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VECTOR, HEAD = "vector.gguf", "logit_head.safetensors"
 _SHARE = 0.1
@@ -223,7 +226,7 @@ def _logit_head(request: _Request) -> Written:
     return Written(_head_lines(request.directory / HEAD, patch, request.strength, request.base or "MODEL", model.model), None)
 
 
-def _head_lines(path: Path, patch: LogitPatch, alpha: float, base: str, model: Any) -> str:
+def _head_lines(path: Path, patch: LogitPatch, alpha: float, base: str, model: PreTrainedModel) -> str:
     """Return Python code that adds the head to a model of plain transformers."""
     # `output_hidden_states` is not used, because its last entry is the output of the final norm and not of the last layer.
     place = "get_output_embeddings().register_forward_pre_hook(lambda _m, inputs: states.append(inputs[0]))"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from steerlab import models, patches
 from steerlab.guards import saved
+from steerlab.guards.json_values import Json
 from steerlab.inputs import encoding
 from steerlab.inputs.drawings import Prompter
-from steerlab.inputs.encoded_rows import RowEncoder
 from steerlab.job import Preamble
 from steerlab.models.diffusion.pipelines import Diffusion
 from steerlab.patches import foreign
@@ -21,16 +21,21 @@ from steerlab.steered.language import SteeredModel
 from steerlab.storage import bases
 from steerlab.storage.bases import BASE, PROMPT, SavedPrompt
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 BELOW = "below"
 """Folder of an exported model with the older patches, in subfolders numbered from the oldest."""
 
 
-def encoder_of(model: Any, directory: Path, prompt: Mapping[str, object] | None, trust_remote_code: bool = False) -> Any:
+def encoder_of(
+    model: PreTrainedModel | Diffusion,
+    directory: Path,
+    prompt: Mapping[str, object] | None,
+    trust_remote_code: bool = False,
+) -> encoding.Encoder | Prompter:
     """Return the object that turns rows of data into inputs of a model: an `Encoder`, or a `Prompter` for a pipeline."""
-    encoder: RowEncoder = (
-        Prompter(model) if isinstance(model, Diffusion) else encoding.load(directory, prompt, trust_remote_code)
-    )
-    return encoder
+    return Prompter(model) if isinstance(model, Diffusion) else encoding.load(directory, prompt, trust_remote_code)
 
 
 class Stack(NamedTuple):
@@ -84,9 +89,26 @@ def load_stack(
             trust_remote_code=trust_remote_code,
         )
         return Stack(model, encoder_of(model, directory, prompt, trust_remote_code), ())
-    prompt = saved.read(directory / PROMPT, SavedPrompt).model_dump(mode="json", exclude_unset=True)
-    sampler = prompt.get("sampler") if sampler is None else sampler
-    below: tuple[patches.SavedPatch, ...] = ()
+    settings = saved.read(directory / PROMPT, SavedPrompt).model_dump(mode="json", exclude_unset=True)
+    sampler = settings.get("sampler") if sampler is None else sampler
+    under = _under_patches(
+        directory, settings, dtype=dtype, sampler=sampler, attention=attention, trust_remote_code=trust_remote_code
+    )
+    below = (*under.patches, *_older_patches(directory))
+    newest = _newest_patch(directory, under.model, snapshot, inverse)
+    return Stack(under.model, under.encoder, below if newest is None else (*below, newest))
+
+
+def _under_patches(
+    directory: Path,
+    prompt: Mapping[str, Json],
+    *,
+    dtype: str | None,
+    attention: str,
+    sampler: Mapping[str, object] | None,
+    trust_remote_code: bool,
+) -> Stack:
+    """Load what the patches in a directory act on: the stack that `base.json` names, or the checkpoint in the directory."""
     # An artifact of a frozen model holds only its patch, and names in `base.json` the model that the patch is for.
     if (directory / BASE).is_file():
         bases.chain(directory)  # raises if the models refer to one another in a circle: the recursion below would not end
@@ -102,34 +124,42 @@ def load_stack(
         # Each artifact contains the whole preamble of its prompts, including that of the models below it.
         if isinstance(encoder, encoding.Encoder) and "preamble" in prompt:
             encoder = encoder.preceded_by(Preamble.model_validate(prompt["preamble"]))
-    else:
-        checkpoint = directory / "model" if (directory / "model").is_dir() else directory
-        # The sampler's own weights of the denoiser were loaded before the model was saved, so the checkpoint holds them.
-        sampler = None if sampler is None else {**sampler, "denoiser": None}
-        model = models.load_model(
-            checkpoint,
-            dtype=dtype or models.saved_dtype(checkpoint),
-            sampler=sampler,
-            attention=attention,
-            trust_remote_code=trust_remote_code,
-        )
-        encoder = encoder_of(model, checkpoint, prompt, trust_remote_code)
+        return Stack(model, encoder, below)
+    checkpoint = directory / "model" if (directory / "model").is_dir() else directory
+    # The sampler's own weights of the denoiser were loaded before the model was saved, so the checkpoint holds them.
+    sampler = None if sampler is None else {**sampler, "denoiser": None}
+    model = models.load_model(
+        checkpoint,
+        dtype=dtype or models.saved_dtype(checkpoint),
+        sampler=sampler,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+    )
+    return Stack(model, encoder_of(model, checkpoint, prompt, trust_remote_code), ())
+
+
+def _older_patches(directory: Path) -> tuple[patches.SavedPatch, ...]:
+    """Return the older patches that an exported folder holds, the oldest first."""
     numbered = [path for path in (directory / BELOW).glob("*") if path.name.isdecimal()]
     numbered.sort(key=lambda path: int(path.name))  # as numbers: "10" comes after "9"
-    below = (*below, *(patches.load(path) for path in numbered))
+    return tuple(patches.load(path) for path in numbered)
+
+
+def _newest_patch(
+    directory: Path, model: PreTrainedModel | Diffusion, snapshot: int | None, inverse: bool
+) -> patches.SavedPatch | None:
+    """Return the directory's own patch, or its inverse; None if it holds none. Raises ValueError as `load_stack` does."""
     patch_dir = directory / "patch" if snapshot is None else directory / "snapshots" / str(snapshot)
     if not patches.exists(patch_dir):
         if snapshot is not None:
             raise ValueError(f"{directory} holds no patch of step {snapshot}; train.snapshots lists the saved steps")
         if inverse:
             raise ValueError(f"{directory} holds no patch, so there is nothing to invert")
-        return Stack(model, encoder, below)
+        return None
     # A patch in the folder of its own model was saved with it; a patch on another model is checked against that model's
     # fingerprint.
-    newest = patches.load(patch_dir, model if (directory / BASE).is_file() else None)
-    if inverse:
-        newest = patches.inverse(newest)
-    return Stack(model, encoder, (*below, newest))
+    patch = patches.load(patch_dir, model if (directory / BASE).is_file() else None)
+    return patches.inverse(patch) if inverse else patch
 
 
 def model_directory(directory: Path) -> Path:

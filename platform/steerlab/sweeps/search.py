@@ -58,7 +58,7 @@ class Feed(Searcher):
         self.units: dict[str, Unit] = {}
         """Unit by Ray Tune's id of the trial."""
 
-    def suggest(self, trial_id: str) -> Any:
+    def suggest(self, trial_id: str) -> UnitConfig | str | None:  # type: ignore[override]
         """Return the configuration of the next trial; None if none is available now; FINISHED if no more will come."""
         if self._pending:
             # Pending units come first: after a restart, these are the units that were running.

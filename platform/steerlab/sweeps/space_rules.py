@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
@@ -94,7 +94,7 @@ def controls_in(controls: object, values: Values) -> tuple[dict[str, Json], ...]
     """
     if not isinstance(controls, list | tuple) or not all(isinstance(entry, dict) and entry for entry in controls):
         raise JobError(f"CONTROLS is a list of dicts, each with values of fields, not {cut(repr(controls))}")
-    return tuple(_checked(f"CONTROLS[{number}]", entry, values) for number, entry in enumerate(controls))
+    return tuple(_checked(f"CONTROLS[{number}]", entry.items(), values) for number, entry in enumerate(controls))
 
 
 def is_control(params: Mapping[str, Json], controls: Sequence[Mapping[str, Json]]) -> bool:
@@ -122,8 +122,8 @@ def _prediction(key: str, entry: object, values: Values) -> Prediction:
         where = ".".join(str(part) for part in first["loc"])
         known = ", ".join(Prediction.model_fields)
         raise JobError(f"{key}{f'.{where}' if where else ''}: {first['msg']}; an entry has the keys {known}") from None
-    _checked(f"{key}.where", prediction.where, values)
-    _checked(key, {prediction.over: None}, values, any_value=True)
+    _checked(f"{key}.where", prediction.where.items(), values)
+    _checked(key, [(prediction.over, None)], values, any_value=True)
     listed = values[prediction.over]
     numbers = [value for value in listed or () if isinstance(value, int | float) and not isinstance(value, bool)]
     if listed is not None and len(numbers) < max(2, len(listed)):
@@ -134,10 +134,10 @@ def _prediction(key: str, entry: object, values: Values) -> Prediction:
     return prediction
 
 
-def _checked(key: str, entry: Mapping[Any, object], values: Values, any_value: bool = False) -> dict[str, Json]:
+def _checked(key: str, entry: Iterable[tuple[object, object]], values: Values, any_value: bool = False) -> dict[str, Json]:
     """Return values of fields in JSON types. Raises JobError for a field or a value that the space does not set."""
     checked: dict[str, Json] = {}
-    for name, written in entry.items():
+    for name, written in entry:
         if not isinstance(name, str) or name not in values:
             near = difflib.get_close_matches(str(name), values, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; it sets {', '.join(sorted(values))}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from steerlab.guards import files, saved
 from steerlab.tracking import spool
@@ -84,16 +84,18 @@ class History:
     def _log(self, event: Line) -> None:
         self.run.log({**self._content(event), "_timestamp": event.get("time")}, self.number, commit=True)
 
-    def _content(self, event: Line) -> dict[str, Any]:
+    def _content(self, event: Line) -> Mapping[str, object]:
         """Return the content of a line in W&B's types. Raises ValueError for an image outside the run's folder."""
         import wandb
 
         if event["kind"] == "table":
-            listed: list[Any] = [*event["rows"]]
+            listed: list[Iterable[object]] = [*event["rows"]]
             table = wandb.Table(columns=[*event["columns"]], data=listed, allow_mixed_types=True)
             return {event["key"]: table}
         if event["kind"] == "gallery":
-            rows: list[Any] = [[*row, self._image(path)] for row, path in zip(event["rows"], event["paths"], strict=True)]
+            rows: list[Iterable[object]] = [
+                [*row, self._image(path)] for row, path in zip(event["rows"], event["paths"], strict=True)
+            ]
             return {event["key"]: wandb.Table(columns=[*event["columns"], "image"], data=rows, allow_mixed_types=True)}
         if event["kind"] == "images":
             pairs = zip(event["paths"], event["captions"], strict=True)

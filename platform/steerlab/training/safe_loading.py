@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,7 +25,7 @@ def without_code(check: Callable[[object, Path], None]) -> object:
         def save(self, state_dict: object, path: str) -> None:
             super().save(_without_enums(state_dict), path)
 
-        def load(self, path: str, map_location: Any = None) -> object:
+        def load(self, path: str, map_location: torch.serialization.MAP_LOCATION = None) -> object:
             # The classes are allowed within this call only, not for other files that the process loads.
             with torch.serialization.safe_globals([*classes]):
                 contents = torch.load(path, map_location=map_location, weights_only=True)

@@ -1,12 +1,14 @@
 """Fetch models and read data sets from the Hugging Face hub."""
 
+from __future__ import annotations
+
 import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from steerlab.data.sources.compressed import data_suffix
 from steerlab.data.sources.documents import ReadOptions, RowOrError
@@ -14,6 +16,9 @@ from steerlab.data.sources.readers import READ, file_rows
 from steerlab.guards import files, waiting
 from steerlab.guards.faults import is_for_people
 from steerlab.job.grammar import Source, SourceError
+
+if TYPE_CHECKING:
+    import httpx2
 
 RepoType = Literal["model", "dataset"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -75,7 +80,7 @@ def _asked(ask: Callable[[], _T]) -> _T:
     raise AssertionError("the last failure is raised")
 
 
-def _limit(request: Any) -> None:
+def _limit(request: httpx2.Request) -> None:
     """Set a time limit for a request without one: some requests of huggingface_hub 2.4 have no limit and would wait forever."""
     limits = request.extensions.get("timeout") or {}
     names = ("connect", "read", "write", "pool")

@@ -18,7 +18,6 @@ import gzip
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,8 +59,10 @@ def rows(name: str, locate: Callable[[str], Path], limit: int | None = None) -> 
 
 def _digits(split: str) -> list[dict[str, object]]:
     from sklearn.datasets import load_digits
+    from sklearn.utils import Bunch
 
-    digits: Any = load_digits()
+    digits = load_digits()
+    assert isinstance(digits, Bunch), "the other forms that `load_digits` can return are not asked for"
     images_NHW: Pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # scikit-learn's values are 0 to 16
     labels_N = digits.target
     ink_N = digits.images.sum((1, 2))

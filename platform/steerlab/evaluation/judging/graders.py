@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -73,6 +73,13 @@ def check(config: GradedConfig, question_chars: Sequence[int]) -> None:
             scorers.check_model(config.judge_source)
 
 
-def answer_chars(config: Any) -> int:
+class _Answers(Protocol):
+    """Config of a task whose own model writes answers."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+
+
+def answer_chars(config: _Answers) -> int:
     """Estimate the number of characters of the longest answer of the task's own model."""
     return config.max_new_tokens * CHARS_PER_TOKEN

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from steerlab import models
 from steerlab.guards.json_values import Json
@@ -149,7 +150,7 @@ class Neurons:
 
 
 # Hooks on the linear layers record the values: blocks differ between architectures, but their linear layers do not.
-def _read(model: PreTrainedModel, name: str, seen: dict[str, Tensor], *, output: bool) -> Any:
+def _read(model: PreTrainedModel, name: str, seen: dict[str, Tensor], *, output: bool) -> RemovableHandle:
     def hook(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
         # Every module runs once in a pass of a decoder, so nothing is overwritten within a pass.
         seen[name] = (result if output else args[0]).detach()

@@ -20,7 +20,7 @@ from steerlab.models import named
 from steerlab.models.language.architecture import text_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _SIDE_BY_SIDE = 512
 """Maximum number of candidates of a row in one pass, because the attention mask of a pass has a row for each of them."""
@@ -83,7 +83,7 @@ def reward_head(model: PreTrainedModel, file: Path) -> PrefixRewards:
     return PrefixRewards(backbone, head)
 
 
-def _check_cache(config: Any, name: str) -> None:
+def _check_cache(config: PreTrainedConfig, name: str) -> None:
     """Raise ValueError for a model whose cache drops tokens, so that candidates could not be removed from it again."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -114,7 +114,7 @@ class PrefixRewards:
         return int(self.backbone.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
 
     @torch.no_grad()
-    def read(self, inputs: dict[str, Tensor], cache: object = None) -> Any:
+    def read(self, inputs: dict[str, Tensor], cache: object = None) -> object:
         """Read tokens, (B, T), after those of a cache, and return the cache with them; None makes a new one."""
         from transformers import DynamicCache
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -122,8 +122,8 @@ def _joined(a: Encoded, b: Encoded) -> Encoded:
 def prefix_id(model: SteeredModel) -> int:
     """Return the token to put before a text: beginning of sequence, otherwise end of sequence, otherwise padding."""
     encoder = model.encoder
-    candidates: Any = (encoder.tokenizer.bos_token_id, encoder.eos_id, encoder.pad_id)
-    return next(int(candidate) for candidate in candidates if candidate is not None)
+    candidates = (encoder.tokenizer.bos_token_id, encoder.eos_id, encoder.pad_id)
+    return next(candidate for candidate in candidates if isinstance(candidate, int))
 
 
 def max_length(model: SteeredModel) -> int:

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -264,10 +264,10 @@ def _splitter(rows: Sequence[Row], val_task_ids: Sequence[int]) -> Callable[[Row
 
 def _task_id(row: Mapping[str, object]) -> int:
     info = row["info"]
-    task_id: Any = info.get("appended_task_id") if isinstance(info, Mapping) else None
+    facts = info if isinstance(info, Mapping) else {}
     try:
-        return int(task_id)
-    except (TypeError, ValueError, OverflowError):
+        return int(facts["appended_task_id"])
+    except (KeyError, TypeError, ValueError, OverflowError):
         wrong = f"a split needs a number info.appended_task_id in every row; this one has info {cut(str(info))}"
         raise ValueError(wrong) from None
 
