@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from steerlab import job, run
+from steerlab.data import rows
 from steerlab.stages import JobType, Plan
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -27,6 +28,44 @@ def protection(monkeypatch: pytest.MonkeyPatch) -> Any:
     import protection
 
     return protection
+
+
+@pytest.fixture
+def steering(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(JOBS))
+    import steering
+
+    return steering
+
+
+@pytest.mark.parametrize("pair", ["toxicity", "sentiment"])
+def test_no_text_of_the_steering_study_is_in_two_parts_of_a_seed(steering: Any, pair: str) -> None:
+    """What is fitted on, chosen on and reported on; another seed has other texts to fit on."""
+    fitted = []
+    for seed in (0, 1):
+        jobs = steering.wanted(pair, steering.split(seed))
+        one = jobs["mean_act"]
+        parts = [one.data.source, one.choose.tasks[0].prompts, one.evaluate[0].prompts]
+        texts = [[str(row["text"]) for row in rows.read(part)] for part in parts]
+        assert [len(part) for part in texts[:2]] == [32, 64] and len(texts[2]) > 200
+        assert len({text for part in texts for text in part}) == sum(map(len, texts))
+        neutral = [one.choose.tasks[1].data, one.evaluate[1].data]
+        assert {part.shuffle for part in (*parts, *neutral, one.data.target)} == {seed}
+        fitted.append(texts[0])
+    assert set(fitted[0]) != set(fitted[1])
+
+
+def test_the_wording_of_a_prompt_is_chosen_on_the_rows_that_choose_strengths(steering: Any) -> None:
+    one = steering.wanted("toxicity", steering.split(2))["mean_act"]
+    for development, tasks in ((True, one.choose.tasks), (False, one.evaluate)):
+        made = steering.prompted("toxicity", "be kind. ", 1, steering.split(2), development=development)
+        assert made.evaluate == tasks and made.method.prefix == "be kind. " and made.choose is None
+    assert steering.best({0: 0.2, 1: 0.1, 2: 0.1}, "min") == 1 and steering.best({0: 0.2, 1: 0.1}, "max") == 0
+    examples = steering.prefixes("toxicity", "few-shot", one)
+    target = [str(row["text"]) for row in rows.read(one.data.target)]
+    assert examples[0] == f"{target[0]}\n\n{target[1]}\n\n" and examples[2].count("\n\n") >= 8
+    inverse = steering.wanted("sentiment", [])[steering.INVERSE]
+    assert inverse.inverse and inverse.choose.mode == "min"
 
 
 def test_lines_of_the_protection_study_differ_in_what_they_name(protection: Any) -> None:

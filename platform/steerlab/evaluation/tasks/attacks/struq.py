@@ -23,13 +23,12 @@ from pydantic import Field
 from steerlab.evaluation.asking.items import check_rows, instruction_rows, not_empty
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import Result, Task
-from steerlab.evaluation.tasks.attacks.injection import (
+from steerlab.evaluation.tasks.attacks.injection import measures_of, run_attacks
+from steerlab.evaluation.tasks.attacks.injection_config import (
     InjectionConfig,
     Position,
     answers_of,
     check_sentences,
-    measures_of,
-    run_attacks,
     scorer_of,
 )
 from steerlab.job import Seed, Source
