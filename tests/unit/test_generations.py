@@ -10,14 +10,18 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from steerlab.cli import app
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.statistics import generations, stored
 from steerlab.evaluation.statistics.metrics import MAX_SAMPLES, Observation
 from steerlab.evaluation.statistics.summaries import summarise_all
+from steerlab.interactive.opened_run import Run
 from steerlab.steered.generated_text import Generation
 from steerlab.steered.language import SteeredModel
+from steerlab.storage.store import Store
 
 # Whether a text is still language
 
@@ -127,3 +131,44 @@ def test_pages_show_a_few_and_the_file_has_all(tiny_model, encoder, tmp_path: Pa
         metric = f"{task}/empty"
         values = [value for value in table[metric].to_pylist() if value is not None]
         assert sum(values) / len(values) == pytest.approx(summarise_all(result)[1.0][metric].value)
+
+
+# All texts of a run
+
+
+def test_the_texts_of_all_tasks_are_one_table() -> None:
+    """Columns of different types under one name, a task without prompts, and columns that only one task has."""
+    sentiment = pa.table(
+        {"id": ["0"], "strength": [1.0], "prompt": ["a"], "continuation": ["b"], "level": [3], "s/score": [0.5]}
+    )
+    attack = pa.table(
+        {"id": ["0", "1"], "strength": [1.0, 0.5], "output": ["c", "d"], "level": ["x", None], "note": pa.nulls(2, pa.string())}
+    )
+    counted = pa.table({"id": ["0"], "strength": [1.0], "output": ["e"], "note": [2], "s/score": [1]})
+    found = generations.stacked({"mood": sentiment, "struq": attack, "other": counted}).to_pandas()
+    assert list(found.columns[:5]) == ["task", "id", "strength", "prompt", "text"]
+    assert found["task"].tolist() == ["mood", "struq", "struq", "other"]
+    assert found["text"].tolist() == ["b", "c", "d", "e"] and found["strength"].tolist() == [1.0, 1.0, 0.5, 1.0]
+    assert found["prompt"].tolist()[0] == "a" and found["prompt"].isna().tolist() == [False, True, True, True]
+    assert found["level"].tolist()[:2] == ["3", "x"], "a number and a text are both texts"
+    assert found["note"].dropna().tolist() == [2], "a column without a value takes any type"
+    assert found["s/score"].dropna().tolist() == [0.5, 1.0]
+
+
+def test_a_run_s_texts_in_one_file(tmp_path: Path) -> None:
+    store, folder = Store.open(str(tmp_path)), "runs/a/1"
+    for label, text in (("mood", "the cow"), ("struq", "the dog")):
+        table = generations.table([{"id": "0", "strength": 1.0, "output": text}], [], {"task": {"task": label}})
+        store.write_bytes(f"{folder}/samples/{label}.parquet", generations.dumped(table))
+    verdicts = generations.with_metadata(pa.table({"id": ["0"], "strength": [1.0]}), {"judged": "mood.parquet"})
+    store.write_bytes(f"{folder}/samples/mood.sentiment.parquet", generations.dumped(verdicts))
+    result = CliRunner().invoke(app, ["show", f"{tmp_path}/{folder}", "--texts", str(tmp_path / "all.parquet")])
+    assert result.exit_code == 0 and "2 texts of 2 tasks" in result.output, result.output
+    found = pandas.read_parquet(tmp_path / "all.parquet")
+    assert found[["task", "text"]].values.tolist() == [["mood", "the cow"], ["struq", "the dog"]]
+    assert Run(store, folder).texts().equals(found)
+    store.write_bytes(f"{folder}/samples/mood.parquet", b"PAR1 nonsense")
+    result = CliRunner().invoke(app, ["show", f"{tmp_path}/{folder}", "--texts", str(tmp_path / "all.parquet")])
+    assert result.exit_code == 2 and "mood.parquet" in result.output and "Traceback" not in result.output, result.output
+    result = CliRunner().invoke(app, ["show", f"{tmp_path}/runs/b/1", "--texts", str(tmp_path / "none.parquet")])
+    assert result.exit_code == 2 and "has no texts" in result.output and not (tmp_path / "none.parquet").exists()

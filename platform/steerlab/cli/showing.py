@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,6 +36,9 @@ def show(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run (the newest of that name is shown), or its folder.")],
     root: RootOption = None,
     as_json: JsonOption = False,
+    texts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Parquet file for all texts of all tasks, with their verdicts.")
+    ] = None,
 ) -> None:
     """Show one run: its metrics at every strength, its stages with their time, and its origin."""
     with explained():
@@ -42,10 +46,26 @@ def show(
         if not below.startswith("runs/"):
             raise ValueError(f"{run} is neither a run folder (ROOT/runs/NAME/ID) nor the name of a run")
         store = opened_store(root or own_root)
+        if texts is not None:
+            _write_texts(store, below, texts)
+            return
         if as_json:
             print(json.dumps(_facts(store, below), indent=1))
             return
         _print_run(store, below)
+
+
+def _write_texts(store: Store, below: str, output: Path) -> None:
+    import pyarrow.parquet as pq
+
+    from steerlab.run import folder as folders
+
+    table = folders.texts(store, below)
+    if not len(table):
+        raise ValueError(f"{store.where(below)} has no texts: it is not finished, or none of its tasks generates text")
+    pq.write_table(table, output)
+    tasks = len(set(table["task"].to_pylist()))
+    say_line(f"{output}: {len(table):,} texts of {tasks} task{'s' if tasks > 1 else ''}")
 
 
 def _facts(store: Store, below: str) -> dict[str, Any]:

@@ -73,6 +73,13 @@ class Run:
         frame = pd.DataFrame(rows, columns=list(_COLUMNS)).astype({"value": float, "low": float, "high": float})
         return frame.sort_values(["metric", "strength"], ignore_index=True)
 
+    def texts(self) -> pd.DataFrame:
+        """Return all texts of all tasks as a pandas table: `task`, `id`, `strength`, `prompt`, `text`, then the tasks' columns.
+
+        The observation of each item is in `<task>/<metric>`; it is missing where a task does not report the metric.
+        """
+        return folders.texts(self.store, self.below).to_pandas()
+
     def curve(self) -> pd.DataFrame:
         """Return the metrics of the training as a pandas table with a row for each step; empty for a closed form."""
         import pandas as pd

@@ -10,10 +10,11 @@ import io
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics import generations, stored
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.stored import Metric, Sample, StoredMeasure, StrengthKey
 from steerlab.guards import saved, yaml12
@@ -131,6 +132,23 @@ def samples(store: Store, folder: str) -> dict[str, list[JsonObject]]:
     # The folder also contains subfolders with images.
     names = [name for name in store.list(f"{folder}/samples") if name.endswith(".json")]
     return {name.removesuffix(".json"): _like(store, f"{folder}/samples/{name}", list[Sample]) for name in names}
+
+
+def texts(store: Store, folder: str) -> pa.Table:
+    """Return all texts of a run's tasks as one table, see `generations.stacked`; without rows if no task wrote texts.
+
+    Raises:
+        ValueError: a file of texts is damaged.
+    """
+    tables = {}
+    for name in (name for name in store.list(f"{folder}/samples") if name.endswith(".parquet")):
+        path = f"{folder}/samples/{name}"
+        with explained(store.where(path)):
+            table = pq.read_table(io.BytesIO(store.read_bytes(path)))
+            # Verdicts of `steerlab judge` lie beside the texts.
+            if "judged" not in generations.about(table.schema):
+                tables[name.removesuffix(".parquet")] = table
+    return generations.stacked(tables) if tables else pa.table({})
 
 
 def lines(store: Store, folder: str) -> list[dict[str, Any]]:

@@ -83,6 +83,46 @@ def _alike(table: pa.Table, other: pa.Table, name: str) -> pa.Table:
     return table
 
 
+def stacked(of_tasks: Mapping[str, pa.Table]) -> pa.Table:
+    """Return the texts of several tasks as one table: `task`, `id`, `strength`, `prompt`, `text`, then the tasks' own columns.
+
+    A column that a task does not have is null in its rows. Columns that have numbers in one task and texts in another become
+    texts.
+
+    Args:
+        of_tasks: label of the task -> its table.
+    """
+    tables = [_under_label(label, table) for label, table in of_tasks.items()]
+    kinds: dict[str, set[pa.DataType]] = {}
+    for table in tables:
+        for field in table.schema:
+            kinds.setdefault(field.name, set()).update(set() if pa.types.is_null(field.type) else {field.type})
+    for name, own in kinds.items():
+        if len(own) > 1 and not own <= _NUMBERS:
+            tables = [_in_texts(table, name) for table in tables]
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _under_label(label: str, table: pa.Table) -> pa.Table:
+    """Return a task's table with its label, and its first text and prompt under the names that all tasks share."""
+    columns = {"task": pa.array([label] * len(table), pa.string()), "id": table["id"], "strength": table["strength"]}
+    for name, candidates in (("prompt", PROMPTS), ("text", TEXTS)):
+        first = next((candidate for candidate in candidates if candidate in table.column_names), None)
+        columns[name] = pa.nulls(len(table), pa.string()) if first is None else table[first]
+        table = table if first is None else table.drop_columns([first])
+    own = {name: table[name] for name in table.column_names if name not in columns}
+    # A column without a value fits any type.
+    own = {name: column if column.null_count < len(column) else pa.nulls(len(column)) for name, column in own.items()}
+    return pa.table({**columns, **own})
+
+
+def _in_texts(table: pa.Table, name: str) -> pa.Table:
+    number = table.schema.get_field_index(name)
+    if number < 0 or pa.types.is_null(table.schema.field(number).type):
+        return table
+    return table.set_column(number, name, pa.array(list(_as_texts(table[name].to_pylist())), pa.string()))
+
+
 def dumped(written: pa.Table) -> bytes:
     """Return a table as the bytes of a Parquet file."""
     buffer = io.BytesIO()
