@@ -33,8 +33,8 @@ STANDS_FOR = {
     "ROOT": "root", "MODEL": "tiny:model", "N": "2",
 }  # fmt: skip
 """Words of a page that stand for something of the reader's own."""
-OF_PIPELINES, OF_MAPS = "tiny-diffusion-lineas", "tiny-act"
-"""Runs that commands about images and about control vectors are typed for."""
+OF_PIPELINES, OF_MAPS, OF_STRENGTHS = "tiny-diffusion-lineas", "maps", ("tiny-dpo", "tiny-iav")
+"""Runs that commands about images, about control vectors and about strengths of two runs are typed for."""
 
 
 def typed() -> list[tuple[str, tuple[str, ...]]]:
@@ -78,6 +78,14 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     told = {"name": "told", "model": {"source": "tiny:model"}, "method": {"name": "none"}, "evaluate": [TOXICITY]}
     (shell.clone / "told.yaml").write_text(yaml.safe_dump(told))
     shell.steerlab("run", "told.yaml")
+    # A control vector is added to the outputs of decoder layers; the jobs of the folder act on their norms.
+    settings = (
+        "name=maps",
+        "method={name: mean_act, incremental: false}",
+        "choose=null",
+        "extract.select.modules=.*layers\\.[1-9]\\d*",
+    )
+    shell.steerlab("run", "jobs/tiny/act.yaml", *(word for setting in settings for word in ("--set", setting)))
     (samples,) = (shell.clone / "root/runs/told").glob("*/samples/toxicity.parquet")
     shutil.copy(samples, shell.clone)
     return shell
@@ -93,6 +101,8 @@ def test_a_command_of_a_page_runs(page: str, words: tuple[str, ...], shell: Shel
         own["RUN"] = OF_PIPELINES
     if "gguf" in words:
         own["RUN"] = OF_MAPS
+    if "compare" in words and "--strength" in words:
+        own["RUN_A"], own["RUN_B"] = OF_STRENGTHS
     arguments = [own.get(word, word) for word in words]
     if "export" in words:
         arguments[arguments.index("folder")] = f"folder{shell.typed}"

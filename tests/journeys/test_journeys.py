@@ -30,6 +30,8 @@ class Shell:
 
     def __init__(self, folder: Path) -> None:
         self.clone, self.typed = folder / "clone", 0
+        self.noted = ""
+        """What the last command wrote to its error stream: warnings and notes."""
         # Tracked files as they are, committed or not: a journey tests what is about to be committed.
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=True).stdout
         for name in filter(None, listed.decode().split("\0")):
@@ -49,6 +51,7 @@ class Shell:
             command, cwd=self.clone, env=self.environment, capture_output=True, text=True, timeout=_COMMAND_S, check=False
         )
         assert done.returncode == 0, f"steerlab {' '.join(arguments)}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        self.noted = " ".join(done.stderr.split())
         return done.stdout
 
 

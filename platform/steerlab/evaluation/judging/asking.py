@@ -207,7 +207,8 @@ def cost(endpoint: Endpoint, num_calls: int, input_tokens: int) -> str:
     if endpoint.price is None:
         return f"{words}; the job sets no price"
     price = endpoint.price.of(input_tokens, write or 0)
-    return f"{words}, {'from' if write is None else 'at most about'} {price:.2f} {endpoint.price.currency}"
+    amount = f"{price:.2f}" if price >= 0.005 or price == 0 else f"{price:.2g}"
+    return f"{words}, {'from' if write is None else 'at most about'} {amount} {endpoint.price.currency}"
 
 
 def local(source: str, max_tokens: int, device: torch.device | str = "cpu") -> Ask:
