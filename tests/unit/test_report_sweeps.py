@@ -368,19 +368,21 @@ def test_predictions_stand_before_the_trials_with_their_verdict(store: Store, tm
         predicted(expected="falls", held=False, where={"train.lr": 0.1, "note": EVIL}),
         predicted(expected="flat", because="", difference=None, low=None, high=None, held=None, values=[0.25, None]),
         predicted(ends=[], values=[], difference=None, low=None, high=None, held=None),
+        predicted(ends=["mean", "pixel"]),
     ]
     store.write_json(
         f"{folder}/summary.json", {**summary, "predictions": outcomes, "bounds": ["u/use at least 0.9"], "prices": ["c/cost"]}
     )
     sweep = report.read_sweep(store, folder)
     lines = predictions.lines(sweep)
-    assert [line.verdict for line in lines] == ["holds", "does not hold", "not shown", "not shown"]
+    assert [line.verdict for line in lines] == ["holds", "does not hold", "not shown", "not shown", "holds"]
     assert lines[0].statement == "separation/sep rises as method.alpha goes from 0 to 1"
     assert lines[0].values == "0.25 → 0.5" and lines[0].difference == "+0.250 [+0.125, +0.375] share"
     assert (
         lines[2].statement.startswith("separation/sep does not change as") and lines[2].values == f"0.25 → {predictions.DASH}"
     )
     assert lines[3].statement == "separation/sep rises over method.alpha" and lines[3].values == predictions.DASH
+    assert lines[4].statement == "separation/sep rises as method.alpha goes from mean to pixel"
     report.write([], tmp_path / "page.html", [sweep])
     page = (tmp_path / "page.html").read_text()
     assert page.index("Predicted and measured") < page.index("Metrics against parameters")

@@ -94,6 +94,10 @@ def test_bounds_and_prices_take_their_direction_from_the_task(tmp_path: Path) ->
             r"PREDICTIONS\[0\]\.between: train.lr is never 0.003; it is one of \[0.001, 0.01\]",
         ),
         (
+            'PREDICTIONS = [{"metric": "separation/sep", "over": "train.lr", "expected": "rises", "between": ["a", "b"]}]',
+            r"PREDICTIONS\[0\]\.between: train.lr is never a; it is one of \[0.001, 0.01\]",
+        ),
+        (
             'PREDICTIONS = [{"metric": "separation/sep", "over": "train.lr", "expected": "rises", '
             '"where": {"method.angle_rad": 2.0}}]',
             r"PREDICTIONS\[0\]\.where: method.angle_rad is never 2.0; it is one of \[0.0, 1.0\]",
@@ -213,6 +217,11 @@ def test_predictions_are_held_against_paired_differences(store: Store) -> None:
     assert outcome("flat", where={"kind": "y"})["held"] is True
     assert outcome("falls", where={"kind": "y"})["held"] is None, "a difference of 0 shows nothing"
     assert outcome("falls", where={"kind": "x"}, between=[0.0, 0.1])["ends"] == [0.0, 0.1]
+    # Two texts: at the same ratio, kind y has 0.3 less than x at 0, and 0.2 more at 0.5.
+    kinds = {"metric": "m/solved", "over": "kind", "between": ["x", "y"], "expected": "falls", "where": {"ratio": 0.0}}
+    (over_kind,) = outcomes.outcomes([Prediction.model_validate(kinds)], rows, store)
+    assert (over_kind["ends"], over_kind["held"]) == (["x", "y"], True)
+    assert over_kind["values"] == pytest.approx([(hard < 0.9).mean(), (hard < 0.6).mean()])
     # Without `where`, each setting is compared with itself: x falls by 0.5 and y does not.
     both = outcome("falls")
     assert both["difference"] == pytest.approx((falls["difference"] or 0.0) / 2)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from steerlab.report.contents import Document, measure_in
 from steerlab.report.sweep_contents import Sweep
+from steerlab.sweeps.space_rules import shown
 
 DASH = "\u2013"
 _VERDICTS = {True: "holds", False: "does not hold", None: "not shown"}
@@ -34,7 +35,7 @@ def lines(sweep: Sweep) -> list[Line]:
 
 
 def _line(sweep: Sweep, outcome: Document) -> Line:
-    ends = [f"{end:.3g}" for end in outcome.get("ends") or ()]
+    ends = [shown(end) for end in outcome.get("ends") or ()]
     unit = measure_in(sweep.runs, outcome["metric"]).unit
     change = "does not change" if outcome["expected"] == "flat" else outcome["expected"]
     over = f" as {outcome['over']} goes from {ends[0]} to {ends[1]}" if len(ends) == 2 else f" over {outcome['over']}"

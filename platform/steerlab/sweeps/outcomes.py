@@ -23,7 +23,7 @@ class Outcome(TypedDict):
     expected: Expected
     where: dict[str, Json]
     because: str
-    ends: list[float]
+    ends: list[float | str]
     """The two compared values of `over`."""
     values: list[float | None]
     """The metric at both values, as a mean over seeds. None if a trial has no value."""
@@ -100,13 +100,16 @@ def outcomes(predictions: Sequence[Prediction], rows: Sequence[TrialRow], store:
 
 
 def _outcome(prediction: Prediction, rows: Sequence[TrialRow], store: Store) -> Outcome:
-    by_value: dict[float, dict[str, TrialRow]] = {}
+    by_value: dict[float | str, dict[str, TrialRow]] = {}
     for row in rows:
         value = row.get(f"param.{prediction.over}")
         is_meant = all(row.get(f"param.{name}") == wanted for name, wanted in prediction.where.items())
-        if is_meant and row.get("status") == "finished" and isinstance(value, int | float) and not isinstance(value, bool):
-            by_value.setdefault(float(value), {})[_setting(row, prediction.over)] = row
-    ends = list(prediction.between or ((min(by_value), max(by_value)) if len(by_value) > 1 else ()))
+        can_be_end = isinstance(value, int | float | str) and not isinstance(value, bool)
+        if is_meant and row.get("status") == "finished" and can_be_end:
+            end = value if isinstance(value, str) else float(value)
+            by_value.setdefault(end, {})[_setting(row, prediction.over)] = row
+    numbers = [value for value in by_value if isinstance(value, float)]
+    ends = list(prediction.between or ((min(numbers), max(numbers)) if len(numbers) > 1 else ()))
     first, last = (by_value.get(end, {}) for end in ends) if len(ends) == 2 else ({}, {})
     # Rows are paired by setting and seed; a setting or seed that lacks one of the two ends is skipped.
     pairs = [(row, first[setting]) for setting, row in last.items() if setting in first]

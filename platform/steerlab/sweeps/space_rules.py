@@ -58,8 +58,8 @@ class Prediction(Frozen):
     """rises or falls: from the smallest value to the largest; flat: no difference, for example for a control."""
     where: dict[str, Json] = {}
     """Values of other fields of the space; trials with other values are ignored."""
-    between: tuple[float, float] | None = None
-    """Two values of `over` that are compared, instead of the smallest and the largest."""
+    between: tuple[float | str, float | str] | None = None
+    """Two values of `over` that are compared, numbers or texts, instead of the smallest and the largest."""
     because: str = ""
     """The reason, in one sentence."""
 
@@ -125,13 +125,23 @@ def _prediction(key: str, entry: object, values: Values) -> Prediction:
     _checked(f"{key}.where", prediction.where.items(), values)
     _checked(key, [(prediction.over, None)], values, any_value=True)
     listed = values[prediction.over]
-    numbers = [value for value in listed or () if isinstance(value, int | float) and not isinstance(value, bool)]
-    if listed is not None and len(numbers) < max(2, len(listed)):
-        raise JobError(f"{key}.over: {prediction.over} must have several numbers as values; SPACE has {cut(repr(listed))}")
+    if listed is None:
+        return prediction
+    numbers = [value for value in listed if isinstance(value, int | float) and not isinstance(value, bool)]
+    if prediction.between is None and len(numbers) < max(2, len(listed)):
+        raise JobError(
+            f"{key}.over: {prediction.over} must have several numbers as values, or `between` two texts; SPACE has "
+            f"{cut(repr(listed))}"
+        )
     for end in prediction.between or ():
-        if listed is not None and end not in numbers:
-            raise JobError(f"{key}.between: {prediction.over} is never {end:g}; it is one of {cut(repr(numbers))}")
+        if end not in listed:
+            raise JobError(f"{key}.between: {prediction.over} is never {shown(end)}; it is one of {cut(repr(list(listed)))}")
     return prediction
+
+
+def shown(end: float | str) -> str:
+    """Return a value of `between` as it is written in messages and on pages."""
+    return end if isinstance(end, str) else f"{end:.3g}"
 
 
 def _checked(key: str, entry: Iterable[tuple[object, object]], values: Values, any_value: bool = False) -> dict[str, Json]:
