@@ -191,7 +191,7 @@ class _Predicted(saved.Shape):
     expected: str
     where: dict[str, object] = {}
     because: str = ""
-    ends: list[float] = []
+    ends: list[float | str] = []
     values: list[float | None] = []
     difference: float | None = None
     low: float | None = None
