@@ -5,7 +5,9 @@
 A seed shuffles the texts before they are divided: each has other texts to fit on, to choose on and to report on, and no text is
 in two parts of one seed. Activations are extracted once a seed; a method whose results are in ROOT already is not run again.
 
-The wording of a prompt is chosen as the strength of a map is: on the development rows, by the job's `choose`.
+The wording of a prompt is chosen on the development rows, by the metric of the job's `choose`; if none is better than no
+prompt, none is taken, as the strength of a map may be 0. The bound of `choose` is not asked: a prompt stands before the texts
+that the model continues, not before those whose perplexity is measured, which is therefore that of the model without it.
 """
 
 from __future__ import annotations
@@ -109,35 +111,34 @@ def prefixes(pair: str, kind: str, fitted: job.Job) -> list[str]:
     return ["".join(f"{text}\n\n" for text in texts[:number]) for number in EXAMPLES]
 
 
-def prompted(pair: str, prefix: str, number: int, overrides: list[str], *, development: bool) -> job.Job:
-    """Return the job that puts a text before each prompt, on the rows of `choose` or on those of `evaluate`."""
+def prompted(pair: str, name: str, prefix: str, overrides: list[str], *, development: bool) -> job.Job:
+    """Return the job that puts a text before each prompt, none for "", on the rows of `choose` or on those of `evaluate`."""
     tree: dict[str, Any] = job.read(JOBS / PAIRS[pair][1], JobType, overrides).model_dump(mode="json")
     tasks = tree["choose"]["tasks"] if development else tree["evaluate"]
-    kept = {name: tree[name] for name in ("model", "scale")}
-    own = {"name": f"prompt-{pair}-{number}", "data": {}, "method": {"name": "prompt", "prefix": prefix}, "evaluate": tasks}
+    kept = {part: tree[part] for part in ("model", "scale", "track")}
+    method = {"name": "prompt", "prefix": prefix} if prefix else {"name": "none"}
+    own = {"name": f"{name}-{pair}", "data": {}, "method": method, "evaluate": tasks}
     return job.validate({**kept, **own}, JobType, JOBS / PAIRS[pair][1])
 
 
-def best(measured: Mapping[int, float], mode: str) -> int:
-    """Return the number of the wording with the best value; of equal ones the first."""
-    return (min if mode == "min" else max)(measured, key=lambda number: measured[number])
+def best(measured: Mapping[str, float | None], mode: str) -> str:
+    """Return the text with the best value; of equal ones the first. Texts whose answers could not be judged are left out."""
+    known = {text: value for text, value in measured.items() if value is not None}
+    return (min if mode == "min" else max)(known, key=lambda text: known[text])
 
 
 def chosen_prompt(pair: str, kind: str, fitted: job.Job, store: Store, overrides: list[str]) -> job.Job:
     """Measure every wording on the development rows, and return the job of the best one on the rows that report."""
     assert fitted.choose is not None
-    mode, metric, measured = "min" if pair == "toxicity" else "max", fitted.choose.metric, {}
-    texts = prefixes(pair, kind, fitted)
-    for number, prefix in enumerate(texts):
-        done = execute(
-            f"{kind} {number}", prompted(pair, prefix, number, overrides, development=True), store, "jobs/steering.py"
-        )
-        measured[number] = done.summary["metrics"][metric]["value"]
-    number = best(measured, mode)
-    say(
-        f"{kind}: {metric} of the wordings {', '.join(f'{value:.3f}' for value in measured.values())}; number {number} is taken"
-    )
-    return prompted(pair, texts[number], number, overrides, development=False)
+    mode, metric = "min" if pair == "toxicity" else "max", fitted.choose.metric
+    measured: dict[str, float | None] = {}
+    for number, prefix in enumerate(["", *prefixes(pair, kind, fitted)]):
+        one = prompted(pair, f"{kind}-{number}", prefix, overrides, development=True)
+        measured[prefix] = execute(f"{kind} {number}", one, store, "jobs/steering.py").summary["metrics"][metric]["value"]
+    text = best(measured, mode)
+    values = ", ".join("-" if value is None else f"{value:.3f}" for value in measured.values())
+    say(f"{kind}: {metric} without a prompt, then of each wording: {values}; number {list(measured).index(text)} is taken")
+    return prompted(pair, kind, text, overrides, development=False)
 
 
 def main(

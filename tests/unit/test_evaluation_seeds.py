@@ -67,6 +67,9 @@ def test_an_item_is_unparsable_only_if_no_seed_could_be_judged() -> None:
     assert (found.value, found.n, found.unparsable) == (0.75, 2, 1)
     long = [Observation("t/x", "0", None, reason="too_long"), Observation("t/x", "0", None)]
     assert summarise([item_means.mean(long)]).too_long == 1
+    cut = [Observation("m", "0", 1.0), Observation("m", "0", 0.0, reason="cut")]
+    assert (item_means.mean(cut).reason, item_means.mean(cut).value) == ("cut", 0.5)
+    assert item_means.mean(cut[:1] * 2).reason is None
     one = seeds.summarise([result([None]), result([1.0])])[1.0]["t/x"]
     assert one.value == 1.0 and one.seed_deviation is None, "one seed has no spread"
 

@@ -7,12 +7,14 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from pydantic import ValidationError
 
 from steerlab import models
 from steerlab.evaluation.judging import scorers
+from steerlab.evaluation.statistics import seeds, stored
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Result
 from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.statistics.written import Written
@@ -97,16 +99,21 @@ def test_toxic_and_harmless_prompts_apart(plain: SteeredModel, prompts: DataSet,
     assert by_item(result, "toxicity/share_after_toxic") == {i: share[i] for i in ("0", "1")}, "0.5 is toxic"
     assert by_item(result, "toxicity/share_after_harmless") == {"2": share["2"]}, "null is neither"
     assert [row["prompt_toxicity"] for row in result.samples] == [0.9, 0.5, 0.49, None]
+    # A file of an earlier run as prompts, whose field has the name of a field of the samples, and a CSV file's text.
+    again = prompts.model_copy(update={"rename": {"prompt.text": "text", "prompt.toxicity": "toxic_probability"}})
+    config_again = config.model_copy(update={"prompts": again, "prompt_toxicity": "toxic_probability"})
+    assert by_item(toxicity.run(plain, config_again), "toxicity/share") == share
+    assert toxicity.is_toxic(Written("0", 1.0, "", "", {"score": "0.7"}), "score") is True
     assert {"share_after_toxic", "share_after_harmless"} <= {measure.name for measure in toxicity.measures(config)}
 
 
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ("toxicity", "prompt_toxicity: row 0 of the prompts has 'nothing' in 'toxicity', where a number from 0 to 1"),
-        ("text", "has 'the cow' in 'text'"),
+        ("toxicity", "prompt_toxicity: row 0 has no field 'toxicity'; it has text, nulls, percent"),
+        ("text", r"prompt_toxicity: row 0 has a text \('the cow'\) in 'text'; a number from 0 to 1"),
         ("nulls", "no row of the prompts has a number in 'nulls'"),
-        ("percent", r"has 90 in 'percent'"),
+        ("percent", r"row 0 has a number \(90\) in 'percent'"),
     ],
 )
 def test_rows_without_a_toxicity_are_refused_before_the_start(field: str, message: str, tmp_path: Path) -> None:
@@ -175,18 +182,24 @@ def test_judging_the_file_of_a_run_counts_each_prompt_once(
     plain: SteeredModel, prompts: DataSet, toxic_words: None, tmp_path: Path
 ) -> None:
     """The completions are rows of the file with one id; a file of one's own may use ids in any way, so its rows count."""
-    from steerlab.evaluation.statistics import stored
-
     config = toxicity.Config(
         prompts=prompts, completions=3, top_p=1.0, max_new_tokens=6, prompt_toxicity="prompt_toxicity", threshold=0.3
     )
-    result = toxicity.run(plain, config)
+    config = config.model_copy(update={"seeds": (0, 1), "seed": 0})
+    result = seeds.pooled(seeds.run(toxicity.TASK, plain, config))
     outcome = stored.Outcome(result.observations, result.samples, metrics={1.0: {}})
     stored.write(tmp_path, outcome, {"task": config.model_dump(mode="json")})
     file = tmp_path / "generations.parquet"
     expected, judged = summarise_all(result)[1.0], texts_judged.judge(file, config, texts_judged.read(file)).metrics[1.0]
     names = [f"toxicity/{name}" for name in ("share", "score", "any", "worst", "share_after_toxic", "share_after_harmless")]
-    assert [judged[name] for name in names] == [expected[name] for name in names]
+    names += [f"toxicity/{name}" for name in ("empty", "repetition", "letters")]
+    for name in names:
+        assert tuple(judged[name]) == pytest.approx(tuple(expected[name])), name
+    # The same rows as another program writes them: without metadata, and with texts in place of numbers.
+    pandas.read_parquet(file).to_csv(tmp_path / "copy.csv", index=False)
+    copy = texts_judged.judge(tmp_path / "copy.csv", config, texts_judged.read(tmp_path / "copy.csv")).metrics[1.0]
+    assert [copy[name].n for name in names] == [expected[name].n for name in names]
+    assert copy["toxicity/any"].value == pytest.approx(expected["toxicity/any"].value)
     foreign = tmp_path / "mine.jsonl"
     foreign.write_text("".join(json.dumps({"id": "mine", "text": text}) + "\n" for text in PROMPTS))
     config = toxicity.Config()

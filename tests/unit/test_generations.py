@@ -147,19 +147,42 @@ def test_the_texts_of_all_tasks_are_one_table() -> None:
     counted = pa.table({"id": ["0"], "strength": [1.0], "output": ["e"], "note": [2], "s/score": [1]})
     found = generations.stacked({"mood": sentiment, "struq": attack, "other": counted}).to_pandas()
     assert list(found.columns[:5]) == ["task", "id", "strength", "prompt", "text"]
+    assert list(found.columns[5:]) == ["level", "s/score", "note"], (
+        "the prompt and the text are not repeated under their own names"
+    )
     assert found["task"].tolist() == ["mood", "struq", "struq", "other"]
     assert found["text"].tolist() == ["b", "c", "d", "e"] and found["strength"].tolist() == [1.0, 1.0, 0.5, 1.0]
     assert found["prompt"].tolist()[0] == "a" and found["prompt"].isna().tolist() == [False, True, True, True]
     assert found["level"].tolist()[:2] == ["3", "x"], "a number and a text are both texts"
     assert found["note"].dropna().tolist() == [2], "a column without a value takes any type"
     assert found["s/score"].dropna().tolist() == [0.5, 1.0]
+    own = pa.table({"id": ["0"], "strength": [1.0], "text": ["given"], "output": ["answer"], "task": ["sum"]})
+    (row,) = generations.stacked({"mine": own}).to_pylist()
+    assert row == {
+        "task": "mine",
+        "id": "0",
+        "strength": 1.0,
+        "prompt": None,
+        "text": "answer",
+        "text_": "given",
+        "task_": "sum",
+    }
+    names = ("t/empty", "t/empty_harmless", "lm_eval/said.empty", "t/emptyish", "empty", "t/x_empty")
+    assert [generations.generated(pa.table({name: [1]})) for name in names] == [True, True, True, False, False, False]
 
 
 def test_a_run_s_texts_in_one_file(tmp_path: Path) -> None:
     store, folder = Store.open(str(tmp_path)), "runs/a/1"
     for label, text in (("mood", "the cow"), ("struq", "the dog")):
-        table = generations.table([{"id": "0", "strength": 1.0, "output": text}], [], {"task": {"task": label}})
+        table = generations.table(
+            [{"id": "0", "strength": 1.0, "output": text}],
+            [Observation(f"{label}/empty", "0", 0.0)],
+            {"task": {"task": label}},
+        )
         store.write_bytes(f"{folder}/samples/{label}.parquet", generations.dumped(table))
+    # Rows that a task scored are no texts of the model.
+    scored = generations.table([{"id": "0", "strength": 1.0, "text": "the sea"}], [Observation("p/value", "0", 2.0)], {})
+    store.write_bytes(f"{folder}/samples/perplexity.parquet", generations.dumped(scored))
     verdicts = generations.with_metadata(pa.table({"id": ["0"], "strength": [1.0]}), {"judged": "mood.parquet"})
     store.write_bytes(f"{folder}/samples/mood.sentiment.parquet", generations.dumped(verdicts))
     result = CliRunner().invoke(app, ["show", f"{tmp_path}/{folder}", "--texts", str(tmp_path / "all.parquet")])

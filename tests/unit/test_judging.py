@@ -190,9 +190,12 @@ def test_what_cannot_be_judged_is_said(options: list[str], said: str, tmp_path: 
         ("injection", {}, "item 0 has no value in the column 'attack'"),
         ("injection", {"attack": "naive", "position": "start"}, "attack 'naive' at position 'start' is not one of the task's"),
         ("injection", {"attack": "polite", "position": "end"}, "attack 'polite' at position 'end'"),
-        ("tensor_trust", {"id": "9"}, "item 9: the task's source has no such item"),
+        ("tensor_trust", {"id": "9"}, "item 9: the task has no such item; set the source, the limit"),
         ("tensor_trust", {"data": "say b"}, "the file's data is 'say b', but the task's own is 'say a'"),
+        ("tensor_trust", {"instruction": "say yes"}, "the file's instruction is 'say yes', but the task's own is 'say no'"),
+        ("tensor_trust", {"id": None}, "the file has no column `id`, by which this task finds the rule"),
         ("separation", {"data_with_probe": "the pig say it"}, "the file's data_with_probe is 'the pig say it', but"),
+        ("separation", {}, "item 0 has no column 'output_in_data', which this task needs; it has id, output"),
     ],
 )
 def test_a_file_of_other_rows_is_not_judged_by_these(task: str, row: dict[str, object], said: str, tmp_path: Path) -> None:
@@ -203,6 +206,35 @@ def test_a_file_of_other_rows_is_not_judged_by_these(task: str, row: dict[str, o
     config = texts_judged.task_of(file, task, [] if task == "injection" else [f"source={source}"])
     with pytest.raises(ValueError, match=re.escape(said)):
         texts_judged.judge(file, config, texts_judged.read(file))
+
+
+def test_prompts_that_did_not_fit_are_not_judged_as_empty_answers(written, tmp_path: Path, tiny_model, monkeypatch) -> None:
+    """One attacked row of three is longer than the model's context, in the run and so in the judgement of its file."""
+    longer = [*ATTACKED[:2], {**ATTACKED[2], "input": "the duck " * 200}]
+    source = data(tmp_path / "rows.jsonl", longer, "text").source
+    result, file = written("injection", source=source, witness="zz")
+    config = texts_judged.task_of(file, None)
+    judged, expected = texts_judged.judge(file, config, texts_judged.read(file)).metrics[1.0], summarise_all(result)[1.0]
+    assert expected["injection/naive"].too_long == 1 and expected["injection/naive"].n == 2
+    for name, metric in judged.items():
+        assert tuple(metric) == pytest.approx(tuple(expected[name])), name
+    assert [sample["succeeded"] for sample in result.samples if sample.get("too_long")] == [None] * len(config.attacks)
+
+
+def test_an_attack_that_cannot_be_asked_has_no_verdict(tmp_path: Path) -> None:
+    source = data(tmp_path / "source.jsonl", [{**DEFENCES[0], "access_code": " "}, DEFENCES[1]], "text").source
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"id": number, "output": "the no"}) + "\n" for number in (0.0, 1.0)))
+    config = texts_judged.task_of(file, "tensor_trust", [f"source={source}", "kind=extraction"])
+    asr = texts_judged.judge(file, config, texts_judged.read(file)).metrics[1.0]["tensor_trust/asr"]
+    assert (asr.value, asr.n, asr.unparsable) == (1.0, 1, 1)
+
+
+def test_rows_without_an_id_or_a_text(tmp_path: Path) -> None:
+    """As pandas writes them: null and NaN are no ids and no texts, and ids beside nulls are floats."""
+    file = tmp_path / "mine.parquet"
+    pandas.DataFrame({"id": [None, 3.0, None], "text": ["a", None, float("nan")], "prompt": ["p", "p", "q"]}).to_parquet(file)
+    assert [(one.id, one.text) for one in texts_judged.read(file)] == [("0", "a"), ("3", ""), ("2", "")]
 
 
 def test_the_fields_of_another_task_are_not_taken_over(written, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from steerlab.evaluation.statistics import generations, intervals, paired, sample_kinds, seeds, stored
-from steerlab.evaluation.statistics.measures import Measure
-from steerlab.evaluation.statistics.metrics import Observation, Result
+from steerlab.evaluation.statistics import generations, intervals, metrics, paired, sample_kinds, seeds, stored
+from steerlab.evaluation.statistics.measures import Measure, likeness
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result
 
 MEASURES = {
     "a/rate": Measure("a/rate", "higher", "share", 0.0, 1.0, "mean"),
@@ -195,3 +195,18 @@ def test_resamples_without_weight_of_both_runs_are_named() -> None:
     with pytest.raises(ValueError, match="none of 1 resamples holds items with weight of both runs: of 2 shared items too few"):
         paired.paired_difference(a, b, num_resamples=1, seed=seed)
     assert paired.paired_difference(a, b, num_resamples=100).n == 2
+
+
+def test_the_score_of_an_item_is_that_of_its_metric() -> None:
+    """A value, a text that did not fit, one that could not be judged, and a metric that is missing."""
+    own = [Observation("m/a", "0", 0.5), Observation("m/b", "0", None, reason=TOO_LONG), Observation("m/c", "0", None)]
+    assert [metrics.score_of(own, f"m/{name}") for name in "abcd"] == [0.5, TOO_LONG, None, None]
+
+
+def test_a_likeness_is_better_the_higher_it_is_unless_the_task_says_otherwise() -> None:
+    assert (likeness("x").better, likeness("x", None).better, likeness("x").low, likeness("x").high) == (
+        "higher",
+        None,
+        -1.0,
+        1.0,
+    )

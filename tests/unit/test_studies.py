@@ -58,9 +58,11 @@ def test_no_text_of_the_steering_study_is_in_two_parts_of_a_seed(steering: Any, 
 def test_the_wording_of_a_prompt_is_chosen_on_the_rows_that_choose_strengths(steering: Any) -> None:
     one = steering.wanted("toxicity", steering.split(2))["mean_act"]
     for development, tasks in ((True, one.choose.tasks), (False, one.evaluate)):
-        made = steering.prompted("toxicity", "be kind. ", 1, steering.split(2), development=development)
+        made = steering.prompted("toxicity", "prompt", "be kind. ", steering.split(2), development=development)
         assert made.evaluate == tasks and made.method.prefix == "be kind. " and made.choose is None
-    assert steering.best({0: 0.2, 1: 0.1, 2: 0.1}, "min") == 1 and steering.best({0: 0.2, 1: 0.1}, "max") == 0
+        assert steering.prompted("toxicity", "prompt", "", steering.split(2), development=development).method.name == "none"
+    assert steering.best({"": 0.2, "a": 0.1, "b": 0.1}, "min") == "a" and steering.best({"": 0.2, "a": 0.1}, "max") == ""
+    assert steering.best({"": None, "a": 0.1}, "max") == "a"
     examples = steering.prefixes("toxicity", "few-shot", one)
     target = [str(row["text"]) for row in rows.read(one.data.target)]
     assert examples[0] == f"{target[0]}\n\n{target[1]}\n\n" and examples[2].count("\n\n") >= 8

@@ -146,7 +146,7 @@ def texts(store: Store, folder: str) -> pa.Table:
         with explained(store.where(path)):
             table = pq.read_table(io.BytesIO(store.read_bytes(path)))
             # Verdicts of `steerlab judge` lie beside the texts.
-            if "judged" not in generations.about(table.schema):
+            if "judged" not in generations.about(table.schema) and generations.generated(table):
                 tables[name.removesuffix(".parquet")] = table
     return generations.stacked(tables) if tables else pa.table({})
 

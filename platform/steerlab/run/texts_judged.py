@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from steerlab import job as jobs
-from steerlab.data import sources
+from steerlab.data import sources, values
 from steerlab.evaluation import TABLE
 from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.judging import asking
 from steerlab.evaluation.statistics import generations, item_means, stored
-from steerlab.evaluation.statistics.metrics import Observation, Result
+from steerlab.evaluation.statistics.metrics import Observation, Result, too_long
 from steerlab.evaluation.statistics.summaries import Metric, summarise_all
 from steerlab.evaluation.statistics.written import Written
 from steerlab.guards.faults import explained
@@ -99,10 +99,10 @@ def read(file: Path, columns: Columns = Columns()) -> list[Written]:  # noqa: B0
     prompt = columns.prompt or _first(rows[0], generations.PROMPTS)
     return [
         Written(
-            str(row.get("id", number)),
+            str(number) if values.is_null(row.get("id")) else _text(row["id"]),
             _strength(row.get("strength"), f"{file} row {number + 1}"),
-            "" if prompt is None else str(row.get(prompt) or ""),
-            str(row[text] or ""),
+            "" if prompt is None else _text(row.get(prompt)),
+            _text(row[text]),
             row,
         )
         for number, row in enumerate(rows)
@@ -137,14 +137,15 @@ def judge(
         raise ValueError(f"task {config.task} cannot judge the texts of a file; these tasks can: {able}")
     with asking.session(store) as session:
         scored = task.scorer(config, device)(written)
-    observations = [
-        [*own, *legibility.observe_texts(config.task, text.id, texts, text.strength, suffix)]
-        for text, own in zip(written, scored, strict=True)
-        for texts, suffix in [task.answers(config, text)]
-    ]
-    flat = [o for own in observations for o in own]
-    # In a file of an evaluation, rows with one id are answers to one item; an id in a foreign file may mean anything.
-    result = Result(item_means.merged(flat) if _task_in(file) else flat, [], task.measures(config))
+    answered = [(text, *task.answers(config, text)) for text in written]
+    scored = [_unless_too_long(text, own) for text, own in zip(written, scored, strict=True)]
+    legible = [_legible(config.task, [one]) for one in answered]
+    observations = [[*own, *more] for own, more in zip(scored, legible, strict=True)]
+    if _rows_are_items(file, written):
+        flat = item_means.merged([o for part in _by_seed(answered, scored) for o in _of_items(config.task, *part)])
+    else:
+        flat = [o for own in observations for o in own]
+    result = Result(flat, [], task.measures(config))
     metrics = summarise_all(result)
     path = output or file.with_name(f"{file.name.split('.')[0]}.{config.label or config.task}.parquet")
     if path.resolve() == file.resolve():
@@ -165,6 +166,56 @@ def judge(
     return Judged(path, metrics, asked)
 
 
+_Answered = tuple[Written, Sequence[str], str]
+"""A row of a file, its answers, and the end of the names of their metrics."""
+
+
+def _rows_are_items(file: Path, written: Sequence[Written]) -> bool:
+    """Return whether rows with one id and strength are answers to one item.
+
+    They are in a file that an evaluation wrote. In any other file an id may mean anything, so its rows must also agree in a
+    prompt.
+    """
+    if _task_in(file):
+        return True
+    prompts: dict[tuple[str, float], set[str]] = {}
+    for text in written:
+        prompts.setdefault((text.id, text.strength), set()).add(text.prompt)
+    return all(len(own) == 1 and "" not in own for own in prompts.values())
+
+
+def _by_seed(
+    answered: Sequence[_Answered], scored: Sequence[Sequence[Observation]]
+) -> list[tuple[list[_Answered], list[Observation]]]:
+    """Return the rows of each seed of the task, with their observations: a run summarises each seed before all of them."""
+    parts: dict[int, tuple[list[_Answered], list[Observation]]] = {}
+    for one, own in zip(answered, scored, strict=True):
+        rows, observations = parts.setdefault(one[0].seed(0), ([], []))
+        rows.append(one)
+        observations += own
+    return list(parts.values())
+
+
+def _of_items(task: str, answered: Sequence[_Answered], scored: Sequence[Observation]) -> list[Observation]:
+    """Return the observations of the items whose answers are the rows."""
+    groups: dict[tuple[object, ...], list[_Answered]] = {}
+    for one in answered:
+        groups.setdefault((one[0].strength, one[0].id, one[2]), []).append(one)
+    return [*item_means.merged(scored), *(o for group in groups.values() for o in _legible(task, group))]
+
+
+def _legible(task: str, answered: Sequence[_Answered]) -> list[Observation]:
+    """Return the legibility of the answers to one item."""
+    text, _, suffix = answered[0]
+    texts = [one for _, own, _ in answered for one in own]
+    observed = legibility.observe_texts(task, text.id, texts, text.strength, suffix)
+    return [too_long(o) for o in observed] if any(text.too_long for text, _, _ in answered) else observed
+
+
+def _unless_too_long(text: Written, scored: Sequence[Observation]) -> list[Observation]:
+    return [too_long(o) for o in scored] if text.too_long else list(scored)
+
+
 def _table(written: Sequence[Written], judged: Sequence[Sequence[Observation]], about: Mapping[str, object]) -> pa.Table:
     """Return the verdicts of each text, row by row: two rows may share an id, such as answers to two attacks on one item."""
     names = dict.fromkeys(o.metric for own in judged for o in own)
@@ -182,8 +233,16 @@ def _first(row: Mapping[str, object], names: Sequence[str]) -> str | None:
 
 
 def _strength(value: object, where: str) -> float:
-    if value is None:
-        return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}: strength {value!r:.40} is not a number")
-    return float(value)
+    try:
+        # A CSV file has texts.
+        strength = values.number(value)
+    except ValueError:
+        raise ValueError(f"{where}: strength {value!r:.40} is not a number") from None
+    return 1.0 if strength is None else float(strength)
+
+
+def _text(value: object) -> str:
+    """Return a cell as a text: empty for null and NaN; whole floats, which pandas writes beside nulls, without a point."""
+    if values.is_null(value):
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

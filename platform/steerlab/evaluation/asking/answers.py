@@ -53,6 +53,12 @@ def judged(outputs: Sequence[Generation], observations: Sequence[Observation]) -
     return [too_long(o) for o in observations] if any(output.too_long for output in outputs) else list(observations)
 
 
+def fate(*outputs: Generation) -> dict[str, object]:
+    """Return the field that marks a sample whose prompt did not fit into the context: {"too_long": True}, otherwise {}."""
+    # The text of such a sample is empty. Without the mark, a scorer of the file would judge it as an empty answer.
+    return {"too_long": True} if any(output.too_long for output in outputs) else {}
+
+
 def with_legibility(
     task: str,
     item_id: str,

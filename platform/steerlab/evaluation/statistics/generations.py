@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ TEXTS = ("continuation", "output", "output_in_data", "answer", "response", "resp
 """Columns of generated texts. Tasks use different names; the first of these that a row has is taken."""
 PROMPTS = ("prompt", "instruction", "question")
 """Columns of prompts; the first of these that a row has is taken."""
+_EMPTY = re.compile(r".+/(.+\.)?empty(_.+)?")
 _METADATA = b"steerlab"
 _NUMBERS = {pa.int64(), pa.float64()}
 _PLAIN = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
@@ -104,16 +106,26 @@ def stacked(of_tasks: Mapping[str, pa.Table]) -> pa.Table:
 
 
 def _under_label(label: str, table: pa.Table) -> pa.Table:
-    """Return a task's table with its label, and its first text and prompt under the names that all tasks share."""
+    """Return a task's table with its label, and its first text and prompt under the names that all tasks share.
+
+    A column of the task that has one of these names but another meaning is renamed: `text` to `text_`.
+    """
     columns = {"task": pa.array([label] * len(table), pa.string()), "id": table["id"], "strength": table["strength"]}
     for name, candidates in (("prompt", PROMPTS), ("text", TEXTS)):
         first = next((candidate for candidate in candidates if candidate in table.column_names), None)
         columns[name] = pa.nulls(len(table), pa.string()) if first is None else table[first]
         table = table if first is None else table.drop_columns([first])
-    own = {name: table[name] for name in table.column_names if name not in columns}
+    own = {f"{name}_" if name in ("task", "prompt", "text") else name: table[name] for name in table.column_names}
+    own = {name: column for name, column in own.items() if name not in columns}
     # A column without a value fits any type.
     own = {name: column if column.null_count < len(column) else pa.nulls(len(column)) for name, column in own.items()}
     return pa.table({**columns, **own})
+
+
+def generated(table: pa.Table) -> bool:
+    """Return whether a task's table has texts that the model generated; other tasks keep the rows that they scored."""
+    # Every task that generates texts measures how many are empty.
+    return any(_EMPTY.fullmatch(name) for name in table.column_names)
 
 
 def _in_texts(table: pa.Table, name: str) -> pa.Table:

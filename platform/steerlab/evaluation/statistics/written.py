@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
+from steerlab.data.values import is_null, number
+
 _T = TypeVar("_T")
 
 
@@ -20,6 +22,11 @@ class Written(NamedTuple):
     row: Mapping[str, object] = MappingProxyType({})
     """Other fields of the item, such as its solution: the columns of a file."""
 
+    @property
+    def too_long(self) -> bool:
+        """Whether the prompt did not fit into the context, so that the text is empty and must not be judged."""
+        return self.row.get("too_long") is True
+
     def field(self, name: str) -> str:
         """Return a column of the item as a text. Raises ValueError if it is missing."""
         value = self.row.get(name)
@@ -31,14 +38,18 @@ class Written(NamedTuple):
 
     def seed(self, default: int) -> int:
         """Return the seed of the task that the text was written with; `default` for a file of one seed."""
-        seed = self.row.get("task_seed")
-        return seed if isinstance(seed, int) else default
+        # Programs that write null for other rows write whole numbers as floats, and CSV files have texts.
+        seed = number(self.row.get("task_seed"))
+        return default if seed is None else int(seed)
 
     def item(self, items: Mapping[str, _T]) -> _T:
-        """Return the item of the text, of those by id. Raises ValueError if none has its id."""
+        """Return the item of the text, of those by id. Raises ValueError if the file has no ids, or no item has this one."""
+        if is_null(self.row.get("id")):
+            raise ValueError("the file has no column `id`, by which this task finds the rule of each answer")
         if self.id not in items:
             raise ValueError(
-                f"item {self.id}: the task's source has no such item; set the source that the file was written for"
+                f"item {self.id}: the task has no such item; set the source, the limit and the other fields that the file was "
+                "written with (--set)"
             )
         return items[self.id]
 

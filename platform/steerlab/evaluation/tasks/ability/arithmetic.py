@@ -39,7 +39,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import answers, with_legibility
+from steerlab.evaluation.asking.answers import answers, fate, with_legibility
 from steerlab.evaluation.asking.items import Numbered, data_rows
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer, Task, score_of
@@ -128,7 +128,7 @@ def run(model: SteeredModel, config: Config) -> Result:
         judged = zip(items, solutions, written, outputs, judge_texts(written), strict=True)
         for item, solution, text, output, own in judged:
             observations += with_legibility("math", item.id, [output], own, strength)
-            samples.append(_sample(item, solution, text, extract(output.text, config.answer), own))
+            samples.append({**_sample(item, solution, text, extract(output.text, config.answer), own), **fate(output)})
     return Result(observations, samples, measures(config))
 
 

@@ -85,8 +85,10 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse a task that the harness does not know, or any task if the harness is not installed. Raises ValueError."""
-    _library(config)
+    """Refuse a task that the harness does not know, an offset beyond its documents, or a missing harness. Raises ValueError."""
+    _, manager = _library(config)
+    for name in config.names:
+        documents(config, manager, name)
 
 
 def run(model: SteeredModel, config: Config) -> Result:
@@ -95,9 +97,10 @@ def run(model: SteeredModel, config: Config) -> Result:
     observations, samples = [], []
     measured: dict[str, Measure] = {}
     # The harness does not know strengths, so it runs once for each strength, and once for each task to separate their numbers.
+    chosen_of = {name: documents(config, manager, name) for name in config.names}
     for strength, task in itertools.product(config.strengths, config.names):
         fates: Fates = {}
-        chosen = documents(config, manager, task)
+        chosen = chosen_of[task]
         # The harness's bootstrap is switched off: the platform computes intervals from the observations itself.
         results = simple_evaluate(
             model=adapter(model, strength, config.seed, fates),

@@ -30,7 +30,7 @@ from pydantic import Field
 from steerlab.data import sources
 from steerlab.data.values import Row
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import answers, with_legibility
+from steerlab.evaluation.asking.answers import answers, fate, with_legibility
 from steerlab.evaluation.asking.items import choose
 from steerlab.evaluation.judging import graders
 from steerlab.evaluation.judging.graders import GradedConfig, Grading
@@ -133,7 +133,8 @@ def run(model: SteeredModel, config: Config) -> Result:
     observations: list[Observation] = []
     for text, both, grades in zip(written, outputs, judge_texts(written), strict=True):
         observations += with_legibility("mt_bench", text.id, both, grades, text.strength)
-    return Result(observations, [_sample(text) for text in written], measures(config))
+    samples = [{**_sample(text), **fate(*both)} for text, both in zip(written, outputs, strict=True)]
+    return Result(observations, samples, measures(config))
 
 
 def scorer(config: Config, device: torch.device | str) -> Scorer:

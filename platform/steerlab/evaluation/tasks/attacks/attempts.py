@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, TypeVar
 from pydantic import Field
 
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import SampledConfig, answers, with_legibility
+from steerlab.evaluation.asking.answers import SampledConfig, answers, fate, with_legibility
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer
 from steerlab.evaluation.statistics.written import Written
@@ -90,7 +90,7 @@ def attack(model: SteeredModel, config: TaskConfig, attempts: Sequence[Attempt],
             verdict = one.succeeded(output.text)
             own = observe(config.task, one, verdict, strength)
             observations += with_legibility(config.task, one.id, [output], own, strength)
-            samples.append(_sample(one, output.text, verdict, strength))
+            samples.append({**_sample(one, output.text, None if output.too_long else verdict, strength), **fate(output)})
         for one in attempts:
             observations += observe(config.task, one, None, strength) if one.problem else []
     return Result(observations, samples, measures)
@@ -110,10 +110,12 @@ def scorer_of(load: Callable[[_C], Sequence[Attempt]]) -> Callable[[_C, object],
         def judged(text: Written) -> list[Observation]:
             seed = text.seed(config.seed)
             if seed not in loaded:
-                loaded[seed] = {one.id: one for one in load(config.model_copy(update={"seed": seed}))}
+                # All attacks, also those that the config's limit leaves out: the file says which were asked.
+                loaded[seed] = {one.id: one for one in load(config.model_copy(update={"seed": seed, "limit": None}))}
             one = text.item(loaded[seed])
+            text.check_same("instruction", one.instruction)
             text.check_same("data", one.data)
-            return observe(config.task, one, one.succeeded(text.text), text.strength)
+            return observe(config.task, one, None if one.problem else one.succeeded(text.text), text.strength)
 
         return lambda written: [judged(text) for text in written]
 

@@ -38,7 +38,7 @@ from pydantic import Field
 from steerlab.data import sources
 from steerlab.data.values import Row
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import answers, with_legibility
+from steerlab.evaluation.asking.answers import answers, fate, with_legibility
 from steerlab.evaluation.asking.items import choose
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer, Task, about
@@ -135,7 +135,8 @@ def run(model: SteeredModel, config: Config) -> Result:
         verdicts = [None if output.too_long else verdict for output, verdict in zip(outputs, verdicts, strict=True)]
         for a, output, own in zip(attempts, outputs, observe(attempts, verdicts, strength), strict=True):
             observations += with_legibility("bipia", a.id, [output], own, strength)
-        samples += [_sample(a, o.text, v, strength) for a, o, v in zip(attempts, outputs, verdicts, strict=True)]
+        judged = zip(attempts, outputs, verdicts, strict=True)
+        samples += [{**_sample(a, o.text, verdict, strength), **fate(o)} for a, o, verdict in judged]
     return Result(observations, samples, measures(config))
 
 
@@ -148,12 +149,16 @@ def scorer(config: Config, device: object = None) -> Scorer:
         if seed not in loaded:
             loaded[seed] = {one.id: one for one in load(config.model_copy(update={"seed": seed}))}
         one = text.item(loaded[seed])
+        text.check_same("instruction", one.instruction)
         text.check_same("data", one.data)
         return one
 
     def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
         attempts = [attempt_of(text) for text in written]
-        verdicts = [judge(a.attack, w.text, config.emoji_ratio, config.match) for a, w in zip(attempts, written, strict=True)]
+        verdicts = [
+            None if w.too_long else judge(a.attack, w.text, config.emoji_ratio, config.match)
+            for a, w in zip(attempts, written, strict=True)
+        ]
         observations: list[list[Observation]] = [[] for _ in written]
         # The weights of the scenarios are counted at each strength, as in a run.
         for strength in dict.fromkeys(text.strength for text in written):

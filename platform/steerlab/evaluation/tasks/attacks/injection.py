@@ -26,7 +26,7 @@ from pydantic import Field
 
 from steerlab.data.values import Row
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import answers, judged, with_legibility
+from steerlab.evaluation.asking.answers import answers, fate, judged, with_legibility
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, instruction_rows
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, contains
@@ -130,7 +130,7 @@ def run_attacks(
     observations, samples = [], []
     for strength, outputs in answers(model, prompts, config):
         observations += observe(attempts, outputs, config, suffix, task, strength)
-        samples += [_sample(a, o, config, strength) for a, o in zip(attempts, outputs, strict=True)]
+        samples += [{**_sample(a, o, config, strength), **fate(o)} for a, o in zip(attempts, outputs, strict=True)]
     return Result(observations, samples, measures_of(config, [suffix[position] for position in positions]))
 
 
@@ -190,7 +190,7 @@ def _sample(a: Attempt, output: Generation, config: InjectionConfig, strength: f
         "instruction": a.instruction,
         "data": a.data,
         "output": output.text,
-        "succeeded": succeeded(output.text, config),
+        "succeeded": None if output.too_long else succeeded(output.text, config),
         "judged": f"success means that {config.witness!r} {where}, whatever its case",
     }
 

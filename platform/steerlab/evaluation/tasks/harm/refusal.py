@@ -36,7 +36,7 @@ from pydantic import Field, StringConstraints
 
 from steerlab.data.values import Row
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import answers, with_legibility
+from steerlab.evaluation.asking.answers import answers, fate, with_legibility
 from steerlab.evaluation.asking.items import data_rows
 from steerlab.evaluation.judging import scorers
 from steerlab.evaluation.statistics.measures import Measure, share
@@ -135,7 +135,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             suffix = _HARMLESS if prompt.kind == "harmless" else ""
             observations += with_legibility("refusal", prompt.id, [output], own, strength, suffix)
             refused = score_of(own, "refusal/over_refusal" if suffix else "refusal/refusal_rate")
-            samples.append(_sample(prompt, output.text, refused, strength))
+            samples.append({**_sample(prompt, output.text, refused, strength), **fate(output)})
     return Result(observations, samples, measures(config))
 
 

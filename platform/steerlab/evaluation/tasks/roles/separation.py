@@ -39,7 +39,7 @@ from pydantic import Field, model_validator
 from steerlab.data import sources, values
 from steerlab.data.values import Row
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import answers, with_legibility
+from steerlab.evaluation.asking.answers import answers, fate, with_legibility
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, number
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer, Task, about, contains
@@ -134,7 +134,8 @@ def run(model: SteeredModel, config: Config) -> Result:
         for item, d, i in zip(items, in_data, in_instruction, strict=True):
             judged = judge(item, d.text, i.text, strength, config.by)
             observations += with_legibility("separation", item.id, [d, i], judged, strength)
-        samples += [_sample(*answered, strength) for answered in zip(items, in_data, in_instruction, strict=True)]
+        answered = zip(items, in_data, in_instruction, strict=True)
+        samples += [{**_sample(item, d, i, strength), **fate(d, i)} for item, d, i in answered]
     return Result(observations, samples, measures(config))
 
 
@@ -145,6 +146,7 @@ def scorer(config: Config, device: object = None) -> Scorer:
     def judged(text: Written) -> list[Observation]:
         item = text.item(items)
         text.check_same("data_with_probe", item.data_with_probe)
+        text.check_same("instruction_with_probe", item.instruction_with_probe)
         in_data, in_instruction = both_answers(text)
         return judge(item, in_data, in_instruction, text.strength, config.by)
 
@@ -152,8 +154,12 @@ def scorer(config: Config, device: object = None) -> Scorer:
 
 
 def both_answers(text: Written) -> tuple[str, str]:
-    """Return the two answers in a row of a file; an empty one is null in files of some programs."""
-    in_data, in_instruction = (str(text.row.get(name) or "") for name in ("output_in_data", "output_in_instruction"))
+    """Return the two answers in a row of a file. Raises ValueError if the file lacks one of their columns."""
+    for name in (columns := ("output_in_data", "output_in_instruction")):
+        if name not in text.row:
+            raise ValueError(f"item {text.id} has no column {name!r}, which this task needs; it has {', '.join(text.row)}")
+    # An empty answer is null in files of some programs.
+    in_data, in_instruction = ("" if values.is_null(text.row[name]) else str(text.row[name]) for name in columns)
     return in_data, in_instruction
 
 

@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 
 from steerlab.data import sources
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import answers, with_legibility
+from steerlab.evaluation.asking.answers import answers, fate, with_legibility
 from steerlab.evaluation.asking.items import ALPACA, data_rows
 from steerlab.evaluation.judging import graders
 from steerlab.evaluation.judging.graders import GradedConfig, Grading
@@ -128,7 +128,8 @@ def run(model: SteeredModel, config: Config) -> Result:
     flat = [output for _, outputs in drawn for output in outputs]
     for text, output, grades in zip(written, flat, judge_texts(written), strict=True):
         observations += with_legibility("axbench", text.id, [output], grades, text.strength)
-        samples.append({"id": text.id, "strength": text.strength, "prompt": text.prompt, "output": text.text, **text.row})
+        shown = {"id": text.id, "strength": text.strength, "prompt": text.prompt, "output": text.text}
+        samples.append({**shown, **text.row, **fate(output)})
     return Result(observations, samples, measures(config))
 
 

@@ -27,7 +27,7 @@ import torch
 from pydantic import Field, model_validator
 
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import with_legibility
+from steerlab.evaluation.asking.answers import fate, with_legibility
 from steerlab.evaluation.asking.continuation import ContinuationConfig, continue_texts, sample
 from steerlab.evaluation.asking.items import Numbered, choose
 from steerlab.evaluation.judging import fluency, scorers
@@ -121,7 +121,8 @@ def run(model: SteeredModel, config: Config) -> Result:
         for text, output, own in zip(written, row, judge_texts(written), strict=True):
             observations += with_legibility("concept", text.id, [output], own, strength)
             scores = {o.metric.partition("/")[2]: score_of(own, o.metric) for o in own}
-            samples.append(sample(text.id, strength, text.prompt, text.text, concept=config.concept, **scores))
+            shown = sample(text.id, strength, text.prompt, text.text, concept=config.concept, **scores)
+            samples.append({**shown, **fate(output)})
     observations += fluency.observe("concept", model, ids, prompts, outputs, config.strengths, config.reader_source)
     return Result(observations, samples, measures(config))
 

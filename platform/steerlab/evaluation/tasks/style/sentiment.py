@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import with_legibility
+from steerlab.evaluation.asking.answers import fate, with_legibility
 from steerlab.evaluation.asking.continuation import ContinuationConfig, continue_texts, read_prompts, require_text, sample
 from steerlab.evaluation.judging import fluency, scorers
 from steerlab.evaluation.statistics.measures import Measure, likeness, share
@@ -80,7 +80,8 @@ def run(model: SteeredModel, config: Config) -> Result:
         written = [Written(i, strength, p, output.text) for i, p, output in zip(ids, prompts, row, strict=True)]
         for text, output, scores in zip(written, row, judge_texts(written), strict=True):
             observations += with_legibility("sentiment", text.id, [output], scores, strength)
-            samples.append(sample(text.id, strength, text.prompt, text.text, compound=score_of(scores, "sentiment/score")))
+            shown = sample(text.id, strength, text.prompt, text.text, compound=score_of(scores, "sentiment/score"))
+            samples.append({**shown, **fate(output)})
     observations += fluency.observe("sentiment", model, ids, prompts, outputs, config.strengths, config.reader_source)
     return Result(observations, samples, measures(config))
 
