@@ -104,8 +104,9 @@ def _outcome(prediction: Prediction, rows: Sequence[TrialRow], store: Store) -> 
     for row in rows:
         value = row.get(f"param.{prediction.over}")
         is_meant = all(row.get(f"param.{name}") == wanted for name, wanted in prediction.where.items())
-        can_be_end = isinstance(value, int | float | str) and not isinstance(value, bool)
-        if is_meant and row.get("status") == "finished" and can_be_end:
+        if not is_meant or row.get("status") != "finished" or isinstance(value, bool):
+            continue
+        if isinstance(value, int | float | str):
             end = value if isinstance(value, str) else float(value)
             by_value.setdefault(end, {})[_setting(row, prediction.over)] = row
     numbers = [value for value in by_value if isinstance(value, float)]
