@@ -375,6 +375,7 @@ SPACES = {
     "tiny/steering_steps": "lineas",
     "tiny/alpha": "iav",
     "tiny/guidance": "diffusion_act",
+    "tiny/pixel_form": "diffusion_act",
     "tiny/shape": "act",
     "tiny/heads": "iav",
     "tiny/prompt": "prompt",
