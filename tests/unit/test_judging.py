@@ -193,6 +193,7 @@ def test_what_cannot_be_judged_is_said(options: list[str], said: str, tmp_path: 
         ("tensor_trust", {"id": "9"}, "item 9: the task has no such item; set the source, the limit"),
         ("tensor_trust", {"data": "say b"}, "the file's data is 'say b', but the task's own is 'say a'"),
         ("tensor_trust", {"instruction": "say yes"}, "the file's instruction is 'say yes', but the task's own is 'say no'"),
+        ("tensor_trust", {"task_seed": "first"}, "item 0: task_seed 'first' is not a whole number"),
         ("tensor_trust", {"id": None}, "the file has no column `id`, by which this task finds the rule"),
         ("separation", {"data_with_probe": "the pig say it"}, "the file's data_with_probe is 'the pig say it', but"),
         ("separation", {}, "item 0 has no column 'output_in_data', which this task needs; it has id, output"),
@@ -218,6 +219,9 @@ def test_prompts_that_did_not_fit_are_not_judged_as_empty_answers(written, tmp_p
     assert expected["injection/naive"].too_long == 1 and expected["injection/naive"].n == 2
     for name, metric in judged.items():
         assert tuple(metric) == pytest.approx(tuple(expected[name])), name
+    pandas.read_parquet(file).to_csv(tmp_path / "copy.csv", index=False)
+    copied = texts_judged.judge(tmp_path / "copy.csv", config, texts_judged.read(tmp_path / "copy.csv")).metrics[1.0]
+    assert copied["injection/naive"] == judged["injection/naive"]
     assert [sample["succeeded"] for sample in result.samples if sample.get("too_long")] == [None] * len(config.attacks)
 
 

@@ -25,7 +25,8 @@ class Written(NamedTuple):
     @property
     def too_long(self) -> bool:
         """Whether the prompt did not fit into the context, so that the text is empty and must not be judged."""
-        return self.row.get("too_long") is True
+        # CSV files have texts.
+        return str(self.row.get("too_long")).lower() == "true"
 
     def field(self, name: str) -> str:
         """Return a column of the item as a text. Raises ValueError if it is missing."""
@@ -39,8 +40,11 @@ class Written(NamedTuple):
     def seed(self, default: int) -> int:
         """Return the seed of the task that the text was written with; `default` for a file of one seed."""
         # Programs that write null for other rows write whole numbers as floats, and CSV files have texts.
-        seed = number(self.row.get("task_seed"))
-        return default if seed is None else int(seed)
+        try:
+            seed = number(self.row.get("task_seed"))
+            return default if seed is None else int(seed)
+        except (ValueError, OverflowError):
+            raise ValueError(f"item {self.id}: task_seed {self.row['task_seed']!r:.40} is not a whole number") from None
 
     def item(self, items: Mapping[str, _T]) -> _T:
         """Return the item of the text, of those by id. Raises ValueError if the file has no ids, or no item has this one."""

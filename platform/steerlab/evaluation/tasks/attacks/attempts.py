@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import Field
 
@@ -26,6 +26,7 @@ from steerlab.job import Seed, TaskConfig
 from steerlab.steered.language import SteeredModel
 
 _C = TypeVar("_C", bound=TaskConfig)
+_A = TypeVar("_A", bound="Asked")
 Closing = Literal["after", "instruction"]
 """Place of the rule's second half: after the attack, as an instruction; or at the end of the instruction before it."""
 
@@ -104,22 +105,52 @@ def scorer_of(load: Callable[[_C], Sequence[Attempt]]) -> Callable[[_C, object],
     """
 
     def scorer(config: _C, device: object = None) -> Scorer:
-        # Some attacks are at random places, so each seed of the file has its own.
-        loaded: dict[int, dict[str, Attempt]] = {}
+        # All attacks, also those that the config's limit leaves out: the file says which were asked.
+        find = finder(load, config.model_copy(update={"limit": None}))
 
         def judged(text: Written) -> list[Observation]:
-            seed = text.seed(config.seed)
-            if seed not in loaded:
-                # All attacks, also those that the config's limit leaves out: the file says which were asked.
-                loaded[seed] = {one.id: one for one in load(config.model_copy(update={"seed": seed, "limit": None}))}
-            one = text.item(loaded[seed])
-            text.check_same("instruction", one.instruction)
-            text.check_same("data", one.data)
+            one = find(text)
             return observe(config.task, one, None if one.problem else one.succeeded(text.text), text.strength)
 
         return lambda written: [judged(text) for text in written]
 
     return scorer
+
+
+class Asked(Protocol):
+    """An attack with its prompt."""
+
+    @property
+    def id(self) -> str:
+        """Id of the attack."""
+        ...
+
+    @property
+    def instruction(self) -> str:
+        """The rule."""
+        ...
+
+    @property
+    def data(self) -> str:
+        """The data with the attack."""
+        ...
+
+
+def finder(load: Callable[[_C], Sequence[_A]], config: _C) -> Callable[[Written], _A]:
+    """Return the function that finds the attack of a row by its id, and refuses a row with another prompt."""
+    # Some attacks are at random places, so each seed of the file has its own.
+    loaded: dict[int, dict[str, _A]] = {}
+
+    def find(text: Written) -> _A:
+        seed = text.seed(config.seed)
+        if seed not in loaded:
+            loaded[seed] = {one.id: one for one in load(config.model_copy(update={"seed": seed}))}
+        one = text.item(loaded[seed])
+        text.check_same("instruction", one.instruction)
+        text.check_same("data", one.data)
+        return one
+
+    return find
 
 
 def observe(task: str, attempt: Attempt, verdict: bool | None, strength: float = 1.0) -> list[Observation]:

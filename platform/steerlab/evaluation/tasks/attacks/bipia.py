@@ -44,7 +44,7 @@ from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer, Task, about
 from steerlab.evaluation.statistics.written import Written
 from steerlab.evaluation.tasks.attacks import wordings
-from steerlab.evaluation.tasks.attacks.attempts import AttackConfig
+from steerlab.evaluation.tasks.attacks.attempts import AttackConfig, finder
 from steerlab.evaluation.tasks.attacks.bipia_attacks import Attack, Match, judge, programmatic
 from steerlab.guards import files
 from steerlab.inputs.conversations import checked
@@ -142,19 +142,10 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 def scorer(config: Config, device: object = None) -> Scorer:
     """Return the scorer of answers, whose attacks are those of the ids."""
-    loaded: dict[int, dict[str, Attempt]] = {}
-
-    def attempt_of(text: Written) -> Attempt:
-        seed = text.seed(config.seed)
-        if seed not in loaded:
-            loaded[seed] = {one.id: one for one in load(config.model_copy(update={"seed": seed}))}
-        one = text.item(loaded[seed])
-        text.check_same("instruction", one.instruction)
-        text.check_same("data", one.data)
-        return one
+    find = finder(load, config)
 
     def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
-        attempts = [attempt_of(text) for text in written]
+        attempts = [find(text) for text in written]
         verdicts = [
             None if w.too_long else judge(a.attack, w.text, config.emoji_ratio, config.match)
             for a, w in zip(attempts, written, strict=True)
