@@ -15,6 +15,11 @@ SPACE = {
     "method.pixels": tune.grid_search(["mean", "pixel"]),
     "strength": tune.grid_search([0.0, 0.25, 0.5, 0.75, 1.0]),
 }
+# Each seed fits the maps on 32 other drawings of each digit; the drawings that are evaluated are the same ones.
+SEEDS = [
+    {"data.source.seeds": [start, start + 32], "data.target.seeds": [start + 100, start + 132]}
+    for start in range(200, 1200, 200)
+]
 METRIC = "image_concept/rate"
 MODE = "max"
 PRICES = ["image_similarity/ssim"]

@@ -2,7 +2,8 @@
 
 steerlab sweep jobs/tiny/act.yaml search_spaces/tiny/shape.py
 
-A narrow source (texts that know two qualities) has little spread; a target of two topics has two modes.
+A narrow source (texts that know two qualities) has little spread; a target of two topics has two modes. Each seed fits the maps
+on other texts.
 """
 
 from ray import tune
@@ -15,6 +16,7 @@ SPACE = {
     "strength": tune.grid_search(STRENGTHS),
 }
 DEVELOPMENT = [{"task": "tiny_sentences", "topics": ["sea", "city"]}]
+SEEDS = [{"data.source.shuffle": seed, "data.target.shuffle": seed} for seed in range(5)]
 METRIC = "tiny_sentences/about"
 MODE = "max"
 PREDICTIONS = [

@@ -225,6 +225,61 @@ def test_seeds_beyond_the_largest_are_refused(job: Path) -> None:
         ask(job, GRID + GOOD, seeds=2, overrides=(f"train.seed={largest}",))
 
 
+TEXTS = "SPACE = {'method.name': tune.grid_search(['mean_act', 'gaussian_act'])}\n"
+SHUFFLED = "SEEDS = [{'data.source.shuffle': seed, 'data.target.shuffle': seed} for seed in (4, 8, 9)]\n"
+
+
+def test_each_seed_sets_what_the_space_says_of_it_and_a_closed_form_can_be_repeated(tmp_path: Path) -> None:
+    def asked(text: str, seeds: int, job: str = "act") -> sweep_request.SweepRequest:
+        path = tmp_path / "space.py"
+        path.write_text("from ray import tune\n" + text)
+        return sweep_request.checked(trials.plan(ROOT / f"jobs/tiny/{job}.yaml", (), spaces.load(path)), None, seeds)
+
+    with pytest.raises(JobError, match=r"the job trains nothing, so .*; SEEDS in the space can set other data for each seed"):
+        asked(TEXTS, 2)
+    with pytest.raises(JobError, match=r"--seeds 4: SEEDS in .*space.py has 3 entries"):
+        asked(TEXTS + SHUFFLED, 4)
+    request = asked(TEXTS + SHUFFLED, 3)
+    assert request.seeds == (0, 1, 2) and len(request.units) == 6
+    made = [request.plan.job_of(unit.shared, unit.seeds[0], unit.strengths).data for unit in request.units]
+    assert [(data.source.shuffle, data.target.shuffle) for data in made] == [(4, 4), (8, 8), (9, 9)] * 2  # type: ignore[union-attr]
+    best = request.plan.best_job(request.units[0].trials[0].params, 2)
+    assert best.data.source is not None and best.data.source.shuffle == 9, "the best trial is evaluated on its own texts"
+    assert request.plan.job_of({}, None, ()).data.source.shuffle is None, "the job itself stays as it is"  # type: ignore[union-attr]
+    # A trained job has both: its training seed, which does not begin at 0 here, and what SEEDS sets.
+    trained = asked("SPACE = {'train.lr': tune.grid_search([1e-2])}\n" + SHUFFLED, 2, "lineas")
+    jobs = [trained.plan.job_of(unit.shared, unit.seeds[0], ()) for unit in trained.units]
+    assert [(job.train.seed, job.data.source.shuffle) for job in jobs] == [(0, 4), (1, 8)]  # type: ignore[union-attr]
+    assert asked(TEXTS, 1).described().keys() == request.described().keys() - {"seed_settings"}
+    assert request.described()["seed_settings"][1] == {"data.source.shuffle": 8, "data.target.shuffle": 8}  # type: ignore[index]
+
+
+def test_seeds_count_from_the_training_seed_of_the_job(job: Path) -> None:
+    text = GRID + GOOD + "SEEDS = [{'train.lr': 1e-3}, {'train.lr': 1e-2}]\n".replace("train.lr", "method.angle_rad")
+    asked = ask(job, text, seeds=2, overrides=("train.seed=7",))
+    made: Any = [asked.plan.job_of(unit.shared, unit.seeds[0], ()) for unit in asked.units]
+    assert {(one.train.seed, one.method.angle_rad) for one in made} == {(7, 1e-3), (8, 1e-2)}
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        ("{'data.train.shuffle': 1}", "SEEDS is a list of dicts"),
+        ("[3]", "SEEDS is a list of dicts"),
+        ("[{3: 1}]", r"SEEDS\[0\]: a key is the path of a field, not 3"),
+        ("[{'train.lr': 1}]", r"SEEDS\[0\] sets train.lr, but SPACE sets it as well"),
+        ("[{}, {'train.seed': 1}]", r"SEEDS\[1\] sets train.seed, but --seeds sets it"),
+        ("[{'data.train.shuffle': 1}, {'data.train.shuffle': 1}]", r"SEEDS\[1\] is equal to SEEDS\[0\]"),
+        ("[{}, {'data.train.shufle': 1}]", r"space.py: SEEDS\[1\]: .*shufle"),
+        ("[{'data.train.shuffle': {1, 2}}]", r"SEEDS\[0\]\['data.train.shuffle'\]: .*a value of type set"),
+        ("[{'dato.train.shuffle': 1}]", r"space.py: SEEDS\[0\].*dato"),
+    ],
+)
+def test_wrong_settings_of_seeds_are_refused(job: Path, seeds: str, message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        ask(job, GRID + GOOD + f"SEEDS = {seeds}\n")
+
+
 def test_a_value_of_a_default_is_varied_and_the_rest_of_it_stays(job: Path) -> None:
     text = "SPACE = {'evaluate.1.prompts.limit': tune.grid_search([3, 4])}\n" + GOOD
     job.write_text(yaml.safe_dump(JOB | {"evaluate": [*JOB["evaluate"], {"task": "toxicity", "limit": 1}]}))  # type: ignore[misc]

@@ -5,6 +5,7 @@
     SEARCH_ALG   optional: OptunaSearch(...); default: grid and random search
     SCHEDULER    optional: ASHAScheduler(time_attr="step", ...), which stops bad trials early
     DEVELOPMENT  optional: tasks, as in a job's `evaluate`, whose metrics choose the best trial
+    SEEDS        optional: what each seed of `--seeds` sets besides `train.seed`, such as the choice of the texts
     WITHIN, PRICES, CONTROLS, PREDICTIONS    optional: see space_rules.py
 
 A key is the path of a field of the job; nested dicts, {"train": {"lr": ...}}, set the named fields and leave the
@@ -36,7 +37,9 @@ from steerlab.sweeps.space_entries import Entry, describe, entries, finite, is_g
 
 STRENGTH = "strength"
 """Key of a space that sets the strength of the patch in every task."""
-_NAMES = ("SPACE", "METRIC", "MODE", "SEARCH_ALG", "SCHEDULER", "DEVELOPMENT", "WITHIN", "PRICES", "CONTROLS", "PREDICTIONS")
+_NAMES = (
+    "SPACE", "METRIC", "MODE", "SEARCH_ALG", "SCHEDULER", "DEVELOPMENT", "SEEDS", "WITHIN", "PRICES", "CONTROLS", "PREDICTIONS",
+)  # fmt: skip
 _SCHEDULERS = (AsyncHyperBandScheduler, MedianStoppingRule, FIFOScheduler)
 Point: TypeAlias = JsonObject
 """A value for each field that a space sets, by the field's path."""
@@ -61,6 +64,8 @@ class Space:
     controls: tuple[Mapping[str, Json], ...] = ()
     """Values of trials that are controls and so never the best."""
     predictions: tuple[space_rules.Prediction, ...] = ()
+    seeds: tuple[Point, ...] = ()
+    """What each seed sets besides `train.seed`, in the order of the seeds. Empty: nothing."""
 
     @property
     def fields(self) -> set[str]:
@@ -114,6 +119,8 @@ class Space:
             "prices": list(self.prices),
             "controls": [dict(control) for control in self.controls],
             "predictions": [prediction.model_dump(mode="json") for prediction in self.predictions],
+            # Left out when empty, so that sweeps from before SEEDS existed can be resumed.
+            **({"seed_settings": [dict(settings) for settings in self.seeds]} if self.seeds else {}),
         }
 
     def spread(self, entry: str, value: Json) -> Point:
@@ -181,7 +188,8 @@ def load(path: Path) -> Space:
         )
         controls = space_rules.controls_in(getattr(module, "CONTROLS", ()), space.values)
         predictions = space_rules.predictions_in(getattr(module, "PREDICTIONS", ()), space.values)
-        space = replace(space, controls=controls, predictions=predictions)
+        seeds = space_rules.seeds_in(getattr(module, "SEEDS", ()), space.values)
+        space = replace(space, controls=controls, predictions=predictions, seeds=seeds)
     except JobError as error:
         raise JobError(f"{path}: {error}") from None
     _check(space)

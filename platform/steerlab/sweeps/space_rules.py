@@ -1,10 +1,11 @@
-"""Rules of a search space about its result: bounds for the best trial, prices that break ties, and predictions.
+"""Rules of a search space beside its points: bounds for the best trial, prices that break ties, predictions, seeds.
 
 WITHIN       {"separation/utility": 0.9}: the best trial has at least 0.9 of this metric or, if lower values of the metric are
              better, at most 0.9
 PRICES       ("perplexity/value",): the cheapest of the trials that cannot be distinguished from the best one is chosen
 PREDICTIONS  [{"metric": "math/solved", "over": "method.keep_ratio", "expected": "falls", "because": "..."}]: what theory
              predicts before the sweep runs; the summary and the page state whether it held
+SEEDS        [{"data.source.shuffle": 0}, {"data.source.shuffle": 1}]: what the first seed sets, what the second one sets, ...
 """
 
 from __future__ import annotations
@@ -95,6 +96,30 @@ def controls_in(controls: object, values: Values) -> tuple[dict[str, Json], ...]
     if not isinstance(controls, list | tuple) or not all(isinstance(entry, dict) and entry for entry in controls):
         raise JobError(f"CONTROLS is a list of dicts, each with values of fields, not {cut(repr(controls))}")
     return tuple(_checked(f"CONTROLS[{number}]", entry.items(), values) for number, entry in enumerate(controls))
+
+
+def seeds_in(seeds: object, values: Values) -> tuple[dict[str, Json], ...]:
+    """Return SEEDS of a search space file, whose SPACE has these `values`: what each seed sets, by the path of a field.
+
+    Raises:
+        JobError: it is not a list of different dicts, or sets a field that SPACE sets as well.
+    """
+    if not isinstance(seeds, list | tuple) or not all(isinstance(entry, dict) for entry in seeds):
+        raise JobError(f"SEEDS is a list of dicts, each with what one seed sets, not {cut(repr(seeds))}")
+    checked: list[dict[str, Json]] = []
+    for number, entry in enumerate(seeds):
+        for name in entry:
+            if not isinstance(name, str):
+                raise JobError(f"SEEDS[{number}]: a key is the path of a field, not {cut(repr(name))}")
+            if name in values or name == "train.seed":
+                also = "SPACE sets it as well" if name in values else "--seeds sets it"
+                raise JobError(f"SEEDS[{number}] sets {name}, but {also}")
+        settings: dict[str, Json] = {name: plain(value, f"SEEDS[{number}][{name!r}]") for name, value in entry.items()}
+        # Equal settings would be the same trial twice, which would make intervals over seeds too narrow.
+        if settings in checked:
+            raise JobError(f"SEEDS[{number}] is equal to SEEDS[{checked.index(settings)}]: {cut(repr(settings))}")
+        checked.append(settings)
+    return tuple(checked)
 
 
 def is_control(params: Mapping[str, Json], controls: Sequence[Mapping[str, Json]]) -> bool:

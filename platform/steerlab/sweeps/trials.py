@@ -57,12 +57,17 @@ class SweepPlan:
     snapshots: tuple[int, ...] = ()
     """Steps after which every training saves its patch, because the space varies `snapshot`."""
 
+    @property
+    def first_seed(self) -> int:
+        """The smallest training seed of the trials: the job's own, 0 if the job trains nothing."""
+        return self.job.train.seed if self.job.train is not None else 0
+
     def job_of(self, point: Point, seed: int | None, strengths: Sequence[float]) -> Job:
         """Return the job of a unit.
 
         Args:
             point: the fields that the unit sets.
-            seed: the training seed; None for the job's own.
+            seed: the training seed, which also selects the entry of the space's SEEDS; None for the job's own seed and data.
             strengths: strengths at which the tasks run; empty for the job's own.
 
         Raises:
@@ -85,7 +90,7 @@ class SweepPlan:
         return self._valid(tree, shared, [] if strength is None else [strength], warm=False)
 
     def _tree(self, point: Point, seed: int | None) -> JsonObject:
-        """Return the job's tree with the fields of a point, the seed and all snapshots set."""
+        """Return the job's tree with the fields of a point, what the seed sets, and all snapshots."""
         tree = copy.deepcopy(self.tree)
         if self.snapshots:
             # Every unit saves all snapshots, so that units which differ only in `snapshot` share one training.
@@ -95,9 +100,15 @@ class SweepPlan:
             tree["train"] = (written if isinstance(written, dict) else {}) | snapshots
         for key, value in point.items():
             jobs.put(tree, key, value, f"{self.space.path}: SPACE[{key!r}]", JobType)
+        if seed is None:
+            return tree
         train = tree.get("train")
-        if seed is not None and isinstance(train, dict) and train and "train.seed" not in point:
+        if isinstance(train, dict) and train and "train.seed" not in point:
             train["seed"] = seed
+        if self.space.seeds:
+            number = seed - self.first_seed
+            for key, value in self.space.seeds[number].items():
+                jobs.put(tree, key, value, f"{self.space.path}: SEEDS[{number}][{key!r}]", JobType)
         return tree
 
     def _valid(self, tree: JsonObject, point: Point, strengths: Sequence[float], *, warm: bool) -> Job:
@@ -254,23 +265,33 @@ def check(sweep_plan: SweepPlan, units: Sequence[Unit], say: Say = lambda line: 
                 raise
             except ValueError as error:
                 raise JobError(f"{sweep_plan.space.path}: SPACE[{entry!r}] = {value!r}: {error}") from None
+    for number in range(len(sweep_plan.space.seeds)):
+        try:
+            run.check(Plan.of(sweep_plan.job_of({}, sweep_plan.first_seed + number, sweep_plan.strengths)))
+        except ValueError as error:
+            raise JobError(f"{sweep_plan.space.path}: SEEDS[{number}]: {error}") from None
     for unit in counted(units, "checking the jobs", say):
         sweep_plan.job_of(unit.shared, unit.seeds[0], unit.strengths)
 
 
 def seeds_of(sweep_plan: SweepPlan, num_seeds: int) -> tuple[int, ...]:
-    """Return `num_seeds` consecutive training seeds, starting with the job's own; (0,) if the job trains nothing.
+    """Return `num_seeds` consecutive seeds, the first of which is the job's training seed, or 0 if the job trains nothing.
 
     Raises:
-        JobError: several seeds for a job that trains nothing or whose space sets the seed, or a seed beyond the largest one.
+        JobError: several seeds that would change nothing, more seeds than SEEDS has entries, a space that sets the training
+            seed, or a seed beyond the largest one.
     """
-    if sweep_plan.job.train is None:
-        if num_seeds > 1:
-            raise JobError(f"--seeds {num_seeds}: the job trains nothing, so a training seed has no effect")
-        return (0,)
+    known = len(sweep_plan.space.seeds)
+    if known and num_seeds > known:
+        raise JobError(f"--seeds {num_seeds}: SEEDS in {sweep_plan.space.path} has {known} entries, one for each seed")
+    if sweep_plan.job.train is None and num_seeds > 1 and not known:
+        raise JobError(
+            f"--seeds {num_seeds}: the job trains nothing, so a training seed has no effect; SEEDS in the space can set other "
+            'data for each seed: [{"data.source.shuffle": 0}, {"data.source.shuffle": 1}]'
+        )
     if num_seeds > 1 and any(key.strip() == "train.seed" for entry in sweep_plan.space.entries for key in entry.split(",")):
         raise JobError(f"--seeds {num_seeds}: SPACE sets train.seed itself")
-    first = sweep_plan.job.train.seed
+    first = sweep_plan.first_seed
     if first + num_seeds > SEED_LIMIT:
         raise JobError(
             f"--seeds {num_seeds}: the seeds begin with train.seed {first} and exceed {SEED_LIMIT - 1}, the largest seed"
