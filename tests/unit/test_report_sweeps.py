@@ -371,7 +371,14 @@ def test_predictions_stand_before_the_trials_with_their_verdict(store: Store, tm
         predicted(ends=["mean", "pixel"]),
     ]
     store.write_json(
-        f"{folder}/summary.json", {**summary, "predictions": outcomes, "bounds": ["u/use at least 0.9"], "prices": ["c/cost"]}
+        f"{folder}/summary.json",
+        {
+            **summary,
+            "predictions": outcomes,
+            "bounds": ["u/use at least 0.9"],
+            "prices": ["c/cost"],
+            "warnings": ["the 3 seeds <i>changed</i> nothing"],
+        },
     )
     sweep = report.read_sweep(store, folder)
     lines = predictions.lines(sweep)
@@ -388,8 +395,8 @@ def test_predictions_stand_before_the_trials_with_their_verdict(store: Store, tm
     assert page.index("Predicted and measured") < page.index("Metrics against parameters")
     assert "theory says so" in page
     assert (
-        "The best trial satisfies u/use at least 0.9. Between trials that cannot be distinguished from it, c/cost decides."
-        in page
+        "The best trial satisfies u/use at least 0.9. Between trials that cannot be distinguished from it, c/cost decides. "
+        "Warning: the 3 seeds &lt;i&gt;changed&lt;/i&gt; nothing." in page
     )
     assert EVIL not in page
     assert html.escape(EVIL, quote=True) in page.replace("&#34;", "&quot;").replace("&#39;", "&#x27;")

@@ -185,6 +185,25 @@ def test_a_bound_is_kept_in_the_mean_over_seeds() -> None:
     assert not outcomes.keeps(trial, Bound("u/use", 0.91, "higher"))
 
 
+def test_seeds_that_change_nothing_are_told() -> None:
+    """A training whose steps take all rows has the same patch with each seed, to the rounding of sums in another order."""
+
+    def rows(*values: tuple[str, float]) -> list[dict[str, Any]]:
+        return [row(name, {"m/solved": value, "u/use": 0.5}, seed) for seed, (name, value) in enumerate(values)]
+
+    same = rows(("a", 0.25), ("a", 0.25), ("b", 0.75), ("b", 0.75 + 1e-7))
+    (warning,) = results.warnings_of(same)
+    assert warning.startswith("the 2 seeds gave the same numbers in every trial")
+    assert results.warnings_of(rows(("a", 0.25), ("a", 0.25), ("b", 0.75), ("b", 0.76))) == [], "one trial differs"
+    assert results.warnings_of(rows(("a", 0.25), ("b", 0.25))) == [], "one seed each"
+    assert results.warnings_of([]) == []
+    del same[1]["metric.u/use"]
+    assert results.warnings_of(same) == [], "a metric is missing with one seed"
+    failed = rows(("a", 0.25), ("a", 0.25))
+    failed[1]["status"] = "failed"
+    assert results.warnings_of(failed) == [], "a failed trial has no number to compare"
+
+
 def test_a_control_has_all_values_of_one_entry() -> None:
     controls = [{"a": 1, "b": "x"}, {"c": None}]
     assert is_control({"a": 1, "b": "x", "d": 2}, controls) and is_control({"c": None}, controls)

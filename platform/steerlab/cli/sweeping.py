@@ -144,6 +144,8 @@ def _print_sweep(outcome: Outcome, folder: str) -> None:
         for name, metric in (summary["test"] or {}).items():
             table.add_row(name, cell(metric))
         console.print(table)
+    for warning in summary["warnings"]:
+        errors.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True, highlight=False)
     console.print(folder, soft_wrap=True, highlight=False)
 
 

@@ -175,10 +175,11 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
 
 
 def _rules(sweep: Sweep) -> str:
-    """Return the rules by which the best trial was chosen, as sentences; empty if the space has none."""
+    """Return the rules by which the best trial was chosen, and the sweep's warnings, as sentences; empty without either."""
     bounds, prices = (", ".join(sweep.summary.get(name) or ()) for name in ("bounds", "prices"))
     sentences = [f"The best trial satisfies {bounds}."] if bounds else []
     sentences += [f"Between trials that cannot be distinguished from it, {prices} decides."] if prices else []
+    sentences += [f"Warning: {warning}." for warning in sweep.summary.get("warnings") or ()]
     return " ".join(sentences)
 
 

@@ -208,6 +208,7 @@ class _SweepSummary(saved.Shape):
     bounds: list[str] = []
     prices: list[str] = []
     predictions: list[_Predicted] = []
+    warnings: list[str] = []
     development: dict[str, Metric] | None = None
     test: dict[str, Metric] | None = None
 

@@ -39,6 +39,8 @@ class SweepSummary(TypedDict):
     """Metrics that decided between trials that cannot be distinguished from the best one."""
     predictions: list[outcomes.Outcome]
     """The predictions of the space, with the measured values."""
+    warnings: list[str]
+    """What a reader of the numbers has to know, as sentences without a full stop."""
     counts: dict[str, int]
     """Number of trials (`trials`), and number of rows by status."""
     seconds: dict[str, float]
@@ -70,6 +72,7 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
         "bounds": [str(bound) for bound in plan.bounds],
         "prices": [price.metric for price in plan.prices],
         "predictions": outcomes.outcomes(plan.space.predictions, rows, sweep.store),
+        "warnings": results.warnings_of(rows),
         "counts": {"trials": len({results.text_of(row, "trial_id") for row in rows})}
         | {status: statuses.count(status) for status in sorted(set(statuses))},
         "seconds": results.seconds_of(rows),
