@@ -369,6 +369,7 @@ def test_predictions_stand_before_the_trials_with_their_verdict(store: Store, tm
         predicted(expected="flat", because="", difference=None, low=None, high=None, held=None, values=[0.25, None]),
         predicted(ends=[], values=[], difference=None, low=None, high=None, held=None),
         predicted(ends=["mean", "pixel"]),
+        predicted(expected="flat", margin=0.1),
     ]
     store.write_json(
         f"{folder}/summary.json",
@@ -382,13 +383,14 @@ def test_predictions_stand_before_the_trials_with_their_verdict(store: Store, tm
     )
     sweep = report.read_sweep(store, folder)
     lines = predictions.lines(sweep)
-    assert [line.verdict for line in lines] == ["holds", "does not hold", "not shown", "not shown", "holds"]
+    assert [line.verdict for line in lines] == ["holds", "does not hold", "not shown", "not shown", "holds", "holds"]
     assert lines[0].statement == "separation/sep rises as method.alpha goes from 0 to 1"
     assert lines[0].values == "0.25 → 0.5" and lines[0].difference == "+0.250 [+0.125, +0.375] share"
     assert (
         lines[2].statement.startswith("separation/sep does not change as") and lines[2].values == f"0.25 → {predictions.DASH}"
     )
     assert lines[3].statement == "separation/sep rises over method.alpha" and lines[3].values == predictions.DASH
+    assert lines[5].statement == "separation/sep changes by less than 0.1 as method.alpha goes from 0 to 1"
     assert lines[4].statement == "separation/sep rises as method.alpha goes from mean to pixel"
     report.write([], tmp_path / "page.html", [sweep])
     page = (tmp_path / "page.html").read_text()

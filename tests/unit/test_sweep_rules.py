@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics.measures import Measure
+from steerlab.evaluation.statistics.measures import share as share_of
 from steerlab.evaluation.statistics.metrics import Observation
 from steerlab.job import JobError
 from steerlab.storage.store import Store
@@ -211,6 +213,10 @@ def test_a_control_has_all_values_of_one_entry() -> None:
     assert not is_control({"a": 1}, [])
 
 
+def no_measure(name: str) -> None:
+    """Describe no metric, as for a loss."""
+
+
 def prediction(expected: str, **more: Any) -> Prediction:
     return Prediction.model_validate({"metric": "m/solved", "over": "ratio", "expected": expected, **more})
 
@@ -225,7 +231,7 @@ def test_predictions_are_held_against_paired_differences(store: Store) -> None:
     rows.append({**row("f", {"m/solved": 1.0}, ratio=0.9, kind="x"), "status": "failed"})
 
     def outcome(expected: str, **more: Any) -> outcomes.Outcome:
-        return outcomes.outcomes([prediction(expected, **more)], rows, store)[0]
+        return outcomes.outcomes([prediction(expected, **more)], rows, store, lambda name: share_of("solved", "higher"))[0]
 
     falls = outcome("falls", where={"kind": "x"}, because="why")
     assert (falls["ends"], falls["held"], falls["because"]) == ([0.0, 0.5], True, "why")
@@ -238,7 +244,7 @@ def test_predictions_are_held_against_paired_differences(store: Store) -> None:
     assert outcome("falls", where={"kind": "x"}, between=[0.0, 0.1])["ends"] == [0.0, 0.1]
     # Two texts: at the same ratio, kind y has 0.3 less than x at 0, and 0.2 more at 0.5.
     kinds = {"metric": "m/solved", "over": "kind", "between": ["x", "y"], "expected": "falls", "where": {"ratio": 0.0}}
-    (over_kind,) = outcomes.outcomes([Prediction.model_validate(kinds)], rows, store)
+    (over_kind,) = outcomes.outcomes([Prediction.model_validate(kinds)], rows, store, no_measure)
     assert (over_kind["ends"], over_kind["held"]) == (["x", "y"], True)
     assert over_kind["values"] == pytest.approx([(hard < 0.9).mean(), (hard < 0.6).mean()])
     # Without `where`, each setting is compared with itself: x falls by 0.5 and y does not.
@@ -253,14 +259,64 @@ def test_predictions_are_held_against_paired_differences(store: Store) -> None:
     assert (half["values"], half["difference"], half["held"]) == ([None, None], None, None)
 
 
+@pytest.mark.parametrize(
+    ("spread", "more", "verdict"),
+    [
+        (0.01, {}, True),
+        (0.2, {}, None),  # an interval of about half of the range contains 0, and much else
+        (0.2, {"margin": 0.6}, True),
+        (0.01, {"margin": 0.005}, None),
+    ],
+)
+def test_flat_needs_an_interval_that_is_narrow(store: Store, spread: float, more: dict[str, Any], verdict: bool | None) -> None:
+    shifts = (-spread, 0.0, spread)
+    rows = [row("a", {"m/solved": 0.5}, seed, ratio=0.0) for seed in range(3)]
+    rows += [row("b", {"m/solved": 0.5 + shift}, seed, ratio=1.0) for seed, shift in enumerate(shifts)]
+
+    def outcome(expected: str, measure: Any, **asked: Any) -> outcomes.Outcome:
+        return outcomes.outcomes([prediction(expected, **asked)], rows, store, lambda name: measure)[0]
+
+    bounded = outcome("flat", share_of("solved", "higher"), **more)
+    assert bounded["held"] is verdict and bounded["margin"] == more.get("margin", 0.1)
+    # A metric without a range: a tenth of the first value, 0.05.
+    free = outcome("flat", Measure("solved", None), **more)
+    assert free["margin"] == more.get("margin", pytest.approx(0.05))
+    assert outcome("flat", None, **more)["margin"] == free["margin"]
+    assert outcome("rises", share_of("solved", "higher"))["margin"] is None
+    for one in rows[3:]:
+        one["metric.m/solved"] += 0.4
+    assert outcome("flat", share_of("solved", "higher"), margin=0.9)["held"] is (spread > 0.1)
+
+
+def test_a_margin_belongs_to_flat() -> None:
+    with pytest.raises(ValueError, match="margin belongs to flat; rises asks whether there is any difference"):
+        prediction("rises", margin=0.1)
+    with pytest.raises(ValueError, match="greater than 0"):
+        prediction("flat", margin=0)
+
+
+def test_intervals_over_seeds_stay_in_the_range_of_the_metric(store: Store) -> None:
+    """Student's t of three shares near 1 reaches beyond 1, and a difference of shares beyond -1."""
+    high, low = (1.0, 0.9, 1.0), (0.0, 0.1, 0.0)
+    rows = [row("a", {"m/solved": value}, seed, ratio=0.0) for seed, value in enumerate(high)]
+    rows += [row("b", {"m/solved": value}, seed, ratio=1.0) for seed, value in enumerate(low)]
+    measure = share_of("solved", "higher")
+    free, bounded = (results.scored(rows, "m/solved", one)[0] for one in (None, measure))
+    assert free.high is not None and free.high > 1 and (bounded.low, bounded.high) == (free.low, 1.0)
+    assert results.scored(rows, "m/solved", measure)[1].low == 0.0
+    assert results.metrics_of_rows(rows[:3], lambda name: measure)["m/solved"]["high"] == 1.0
+    (outcome,) = outcomes.outcomes([prediction("falls")], rows, store, lambda name: measure)
+    assert outcome["low"] == -1.0 and outcome["held"] is True
+
+
 def test_predictions_over_seeds_use_the_spread_of_paired_seeds(store: Store) -> None:
     luck = {0: 0.0, 1: 0.3, 2: -0.2}
     rows = [row("a", {"m/solved": 0.4 + luck[seed]}, seed, ratio=0.0) for seed in luck]
     rows += [row("b", {"m/solved": 0.5 + luck[seed] + 0.001 * seed}, seed, ratio=1.0) for seed in luck]
-    (outcome,) = outcomes.outcomes([prediction("rises")], rows, store)
+    (outcome,) = outcomes.outcomes([prediction("rises")], rows, store, no_measure)
     assert outcome["held"] is True and outcome["difference"] == pytest.approx(0.101)
     noisy = [
         {**one, "metric.m/solved": one["metric.m/solved"] + shift}
         for one, shift in zip(rows, [0] * 3 + [0.5, -0.6, 0.1], strict=True)
     ]
-    assert outcomes.outcomes([prediction("rises")], noisy, store)[0]["held"] is None
+    assert outcomes.outcomes([prediction("rises")], noisy, store, no_measure)[0]["held"] is None

@@ -197,7 +197,7 @@ def _splits(sweep: Sweep) -> list[tuple[str, str]]:
         if isinstance(value, dict) and value.get("value") is not None:
             # An interval by Student's t over seeds may exceed the range of a proportion, so its ends are clipped.
             measure = measure_in(sweep.runs, sweep.metric or "")
-            ends = {end: headline.within(measure, value[end]) for end in ("low", "high") if value.get(end) is not None}
+            ends = {end: measure.within(value[end]) for end in ("low", "high") if value.get(end) is not None}
             value = {**value, **ends}
             lines.append((f"{split} rows, {note}", cell({"unparsable": 0, "low": None, "high": None, **value})))
     return lines

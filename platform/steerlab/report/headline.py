@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from steerlab.evaluation.statistics.measures import Measure
 from steerlab.report.contents import Document, Entry, measure_in
 from steerlab.report.run_names import said
 from steerlab.report.sweep_contents import Sweep
@@ -59,12 +57,6 @@ def _named(sweep: Sweep, setting: _Setting) -> str:
     return ", ".join(f"{name.rpartition('.')[2]} {said(name, value)}" for name, value in values) or setting.trial_id
 
 
-def within(measure: Measure, value: float) -> float:
-    """Return a number clipped to the range of a metric, which for a proportion is 0 to 1."""
-    low = -math.inf if measure.low is None else measure.low
-    return min(max(value, low), math.inf if measure.high is None else measure.high)
-
-
 def _with_interval(sweep: Sweep, setting: _Setting) -> str:
     """Return the sweep's metric of a setting with its interval: over items for one seed, over seeds for several."""
     assert sweep.metric is not None
@@ -78,7 +70,7 @@ def _with_interval(sweep: Sweep, setting: _Setting) -> str:
     shown = f"{value:.3g}{f' {measure.unit}' if measure.unit and not measure.is_share else ''}"
     if low is None or high is None:
         return shown
-    return f"{shown} [{within(measure, low):.3g}, {within(measure, high):.3g}]"
+    return f"{shown} [{measure.within(low):.3g}, {measure.within(high):.3g}]"
 
 
 def _prices(sweep: Sweep) -> list[str]:

@@ -26,7 +26,7 @@ class Line(NamedTuple):
     difference: str
     """The second value minus the first, with its 95 % interval."""
     verdict: str
-    """holds, does not hold, or not shown: the interval contains 0."""
+    """holds, does not hold, or not shown: the interval contains 0 (or, for `flat`, exceeds the margin)."""
 
 
 def lines(sweep: Sweep) -> list[Line]:
@@ -37,7 +37,9 @@ def lines(sweep: Sweep) -> list[Line]:
 def _line(sweep: Sweep, outcome: Document) -> Line:
     ends = [shown(end) for end in outcome.get("ends") or ()]
     unit = measure_in(sweep.runs, outcome["metric"]).unit
-    change = "does not change" if outcome["expected"] == "flat" else outcome["expected"]
+    margin = outcome.get("margin")
+    flat = "does not change" if margin is None else f"changes by less than {margin:.2g}"
+    change = flat if outcome["expected"] == "flat" else outcome["expected"]
     over = f" as {outcome['over']} goes from {ends[0]} to {ends[1]}" if len(ends) == 2 else f" over {outcome['over']}"
     return Line(
         f"{outcome['metric']} {change}{over}",

@@ -189,6 +189,7 @@ class _Predicted(saved.Shape):
     metric: str
     over: str
     expected: str
+    margin: float | None = None
     where: dict[str, object] = {}
     because: str = ""
     ends: list[float | str] = []

@@ -53,7 +53,7 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
     """Write the table and the summary of a sweep; evaluate the best trial on the test rows if the sweep is complete."""
     sweep.write_table()
     plan, rows = sweep.request.plan, results.all_rows(sweep.history)
-    scored = results.scored(rows, plan.metric)
+    scored = results.scored(rows, plan.metric, plan.measure(plan.metric))
     candidates = outcomes.candidates(scored, plan)
     best, close = results.best_of(candidates, plan.mode), None
     if best is not None and not interrupted:
@@ -71,7 +71,7 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
         "test": None,
         "bounds": [str(bound) for bound in plan.bounds],
         "prices": [price.metric for price in plan.prices],
-        "predictions": outcomes.outcomes(plan.space.predictions, rows, sweep.store),
+        "predictions": outcomes.outcomes(plan.space.predictions, rows, sweep.store, plan.measure),
         "warnings": results.warnings_of(rows),
         "counts": {"trials": len({results.text_of(row, "trial_id") for row in rows})}
         | {status: statuses.count(status) for status in sorted(set(statuses))},
@@ -80,7 +80,7 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
     if best is not None:
         summary["best"] = results.best_line(best, plan.metric)
         if plan.development:
-            summary["development"] = results.metrics_of_rows(best.rows)
+            summary["development"] = results.metrics_of_rows(best.rows, plan.measure)
         # best.yaml is written for an interrupted sweep too, since users often want the best trial so far.
         job_files.write(sweep.store, f"{sweep.folder}/best.yaml", plan.best_job(best.params, None))
     if best is not None and not interrupted:
@@ -95,13 +95,13 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
 
 def _tested(sweep: SweepRun, best: results.Scored) -> tuple[dict[str, MetricNumbers], list[str]]:
     """Return the metrics of the best trial on the job's own tasks, and the folders of the runs that measured them."""
-    request = sweep.request
+    request, plan = sweep.request, sweep.request.plan
     # Without development tasks, the trials were chosen by the job's own tasks, so their runs already hold these metrics.
-    if not request.plan.development:
-        return results.metrics_of_rows(best.rows), [results.text_of(row, "run") for row in best.rows]
-    runs = [_report(sweep, request.plan.best_job(best.params, seed), seed) for seed in request.seeds]
+    if not plan.development:
+        return results.metrics_of_rows(best.rows, plan.measure), [results.text_of(row, "run") for row in best.rows]
+    runs = [_report(sweep, plan.best_job(best.params, seed), seed) for seed in request.seeds]
     names = runs[0].summary["metrics"]
-    metrics = {name: results.over_seeds([done.summary["metrics"][name] for done in runs]) for name in names}
+    metrics = {name: results.over_seeds([done.summary["metrics"][name] for done in runs], plan.measure(name)) for name in names}
     return metrics, [done.folder for done in runs]
 
 

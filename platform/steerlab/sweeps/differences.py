@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from steerlab.evaluation.statistics import intervals, stored
+from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import Observation
 from steerlab.evaluation.statistics.paired import Difference, paired_difference
 from steerlab.storage.store import Store
@@ -50,20 +51,23 @@ def _differs_over_seeds(a: Scored, b: Scored, metric: str) -> bool:
     return between is not None and not between.low <= 0 <= between.high
 
 
-def difference(pairs: Sequence[tuple[TrialRow, TrialRow]], metric: str, store: Store) -> Difference | None:
+def difference(
+    pairs: Sequence[tuple[TrialRow, TrialRow]], metric: str, store: Store, measure: Measure | None = None
+) -> Difference | None:
     """Return the mean of a metric of the first rows minus that of the second rows, with a 95 % interval.
 
     Args:
         pairs: rows of two trials with the same seed and the same other parameters.
         metric: the metric.
         store: holds the trials' observations.
+        measure: describes the metric, whose range bounds the interval over seeds.
 
     Returns:
         The difference: paired over items for one pair, Student's t over the pairs for several. None when there is no pair,
         the metric is not stored item by item, or the two rows share no item.
     """
     if len(pairs) != 1:
-        return _over_pairs(pairs, metric)
+        return _over_pairs(pairs, metric, measure)
     own, other = (_observations(row, metric, store) for row in pairs[0])
     if own is None or other is None:
         return None
@@ -73,14 +77,16 @@ def difference(pairs: Sequence[tuple[TrialRow, TrialRow]], metric: str, store: S
         return None
 
 
-def _over_pairs(pairs: Sequence[tuple[TrialRow, TrialRow]], metric: str) -> Difference | None:
+def _over_pairs(pairs: Sequence[tuple[TrialRow, TrialRow]], metric: str, measure: Measure | None = None) -> Difference | None:
     # Pairs of equal seeds: what a seed changes in both trials (the order of the data) cancels in the difference.
     differences = np.array([metric_of(first, metric) - metric_of(second, metric) for first, second in pairs])
     if len(differences) < 2:  # no standard error of a single difference
         return None
     mean, error = float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
     low, high = intervals.student(mean, error, len(differences)) or (0.0, 0.0)
-    return Difference(mean, low, high, len(differences))
+    # Two values of a bounded metric differ by at most the width of its range.
+    most = math.inf if measure is None or measure.width is None else measure.width
+    return Difference(mean, max(low, -most), min(high, most), len(differences))
 
 
 class _Measured(NamedTuple):

@@ -7,12 +7,17 @@ import math
 from collections.abc import Sequence
 from typing import TypedDict
 
+from steerlab.evaluation.statistics.measures import Measure
+from steerlab.evaluation.statistics.paired import Difference
 from steerlab.guards.json_values import Json
 from steerlab.storage.store import Store
 from steerlab.sweeps import differences, results
 from steerlab.sweeps.space_rules import Bound, Expected, Prediction, Price, is_control
 from steerlab.sweeps.trials import SweepPlan
 from steerlab.sweeps.units import TrialRow
+
+_FLAT = 0.1
+"""Share of a metric's range, or of its first value, that still counts as no difference."""
 
 
 class Outcome(TypedDict):
@@ -21,6 +26,8 @@ class Outcome(TypedDict):
     metric: str
     over: str
     expected: Expected
+    margin: float | None
+    """Largest difference that counts as none, for `flat`; None for other predictions, and without a value at the first end."""
     where: dict[str, Json]
     because: str
     ends: list[float | str]
@@ -34,8 +41,9 @@ class Outcome(TypedDict):
     high: float | None
     """Upper end."""
     held: bool | None
-    """True when the interval lies on the predicted side of 0 (for `flat`: contains 0), False when it lies on the other side
-    (for `flat`: on either side). None when it contains 0, so that nothing was shown, or when there is no interval."""
+    """True when the interval lies on the predicted side of 0, False when it lies on the other side. For `flat`: True when it
+    contains 0 and lies within the margin on both sides, False when it does not contain 0. None when nothing was shown: the
+    interval contains 0 (for `flat`: and exceeds the margin), or there is none."""
 
 
 def keeps(trial: results.Scored, bound: Bound) -> bool:
@@ -94,12 +102,14 @@ def _price_of(trial: results.Scored, price: Price) -> float:
     return value if price.better == "lower" else -value
 
 
-def outcomes(predictions: Sequence[Prediction], rows: Sequence[TrialRow], store: Store) -> list[Outcome]:
-    """Compare each prediction with the measurements."""
-    return [_outcome(prediction, rows, store) for prediction in predictions]
+def outcomes(
+    predictions: Sequence[Prediction], rows: Sequence[TrialRow], store: Store, measure_of: results.MeasureOf
+) -> list[Outcome]:
+    """Compare each prediction with the measurements; `measure_of` returns the description of a metric."""
+    return [_outcome(prediction, rows, store, measure_of(prediction.metric)) for prediction in predictions]
 
 
-def _outcome(prediction: Prediction, rows: Sequence[TrialRow], store: Store) -> Outcome:
+def _outcome(prediction: Prediction, rows: Sequence[TrialRow], store: Store, measure: Measure | None) -> Outcome:
     by_value: dict[float | str, dict[str, TrialRow]] = {}
     for row in rows:
         value = row.get(f"param.{prediction.over}")
@@ -115,19 +125,22 @@ def _outcome(prediction: Prediction, rows: Sequence[TrialRow], store: Store) -> 
     # Rows are paired by setting and seed; a setting or seed that lacks one of the two ends is skipped.
     pairs = [(row, first[setting]) for setting, row in last.items() if setting in first]
     pairs = [pair for pair in pairs if all(results.number_of(row, f"metric.{prediction.metric}") is not None for row in pair)]
-    difference = differences.difference(pairs, prediction.metric, store)
+    difference = differences.difference(pairs, prediction.metric, store, measure)
+    values = [_mean([pair[side] for pair in pairs], prediction.metric) for side in (1, 0)] if ends else []
+    margin = _margin(prediction, values, measure)
     return {
         "metric": prediction.metric,
         "over": prediction.over,
         "expected": prediction.expected,
+        "margin": margin,
         "where": prediction.where,
         "because": prediction.because,
         "ends": ends,
-        "values": [_mean([pair[side] for pair in pairs], prediction.metric) for side in (1, 0)] if ends else [],
+        "values": values,
         "difference": None if difference is None else difference.value,
         "low": None if difference is None else difference.low,
         "high": None if difference is None else difference.high,
-        "held": None if difference is None else _held(prediction.expected, difference.low, difference.high),
+        "held": None if difference is None else _held(prediction.expected, difference, margin),
     }
 
 
@@ -143,10 +156,22 @@ def _mean(rows: Sequence[TrialRow], metric: str) -> float | None:
     return sum(present) / len(present) if present and len(present) == len(values) else None
 
 
-def _held(expected: Expected, low: float, high: float) -> bool | None:
+def _margin(prediction: Prediction, values: Sequence[float | None], measure: Measure | None) -> float | None:
+    """Return the largest difference that counts as none; None for a prediction other than `flat`, and without a scale."""
+    if prediction.expected != "flat" or prediction.margin is not None:
+        return prediction.margin
+    if measure is not None and measure.width is not None:
+        return _FLAT * measure.width
+    return None if not values or values[0] is None else _FLAT * abs(values[0])
+
+
+def _held(expected: Expected, difference: Difference, margin: float | None) -> bool | None:
+    low, high = difference.low, difference.high
     includes_zero = low <= 0 <= high
     if expected == "flat":
-        return includes_zero
+        # An interval that contains 0 and is wide shows only that the sweep measured too little to tell.
+        is_small = margin is not None and -margin <= low and high <= margin
+        return (True if is_small else None) if includes_zero else False
     if includes_zero:
         return None
     return (low > 0) == (expected == "rises")

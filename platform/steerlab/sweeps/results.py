@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from steerlab.evaluation.statistics import intervals
+from steerlab.evaluation.statistics.measures import Measure
 from steerlab.guards import saved
 from steerlab.guards.json_values import Json
 from steerlab.run import MetricNumbers
@@ -87,6 +88,14 @@ def metric_of(row: TrialRow, metric: str) -> float:
     return value
 
 
+MeasureOf: TypeAlias = Callable[[str], Measure | None]
+"""Returns the description of a metric by its name; None if no task declares it."""
+
+
+def _undeclared(name: str) -> Measure | None:
+    return None
+
+
 def text_of(row: TrialRow, name: str) -> str:
     """Return a string of a row. Raises SavedError if the value is missing or not a string."""
     value = row.get(name)
@@ -138,24 +147,32 @@ def _column(values: list[Json]) -> pa.Array:
     return pa.array(values)
 
 
-def scored(rows: Sequence[TrialRow], metric: str) -> list[Scored]:
-    """Return the trials whose seeds all finished, in the order of the rows."""
+def scored(rows: Sequence[TrialRow], metric: str, measure: Measure | None = None) -> list[Scored]:
+    """Return the trials whose seeds all finished, in the order of the rows; intervals stay in the range of `measure`."""
     # The mean of a trial with a missing seed could not be compared with those of other trials.
     groups: dict[str, list[TrialRow]] = {}
     for row in rows:
         groups.setdefault(text_of(row, "trial_id"), []).append(row)
-    return [_scored(name, own, metric) for name, own in groups.items() if all(row["status"] == "finished" for row in own)]
+    return [
+        _scored(name, own, metric, measure) for name, own in groups.items() if all(row["status"] == "finished" for row in own)
+    ]
 
 
-def _scored(trial_id: str, rows: list[TrialRow], metric: str) -> Scored:
+def _scored(trial_id: str, rows: list[TrialRow], metric: str, measure: Measure | None) -> Scored:
     if len(rows) == 1:
         low, high, stderr = (number_of(rows[0], f"{part}.{metric}") for part in ("low", "high", "stderr"))
         return Scored(trial_id, metric_of(rows[0], metric), low, high, stderr, rows)
     # With several seeds, the uncertainty is the spread between seeds, which the intervals over items ignore.
-    values = np.array([metric_of(row, metric) for row in rows])
-    mean, error = float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
-    low, high = intervals.student(mean, error, len(values)) or (None, None)
+    mean, error, low, high = _spread([metric_of(row, metric) for row in rows], measure)
     return Scored(trial_id, mean, low, high, error, rows)
+
+
+def _spread(values: Sequence[float], measure: Measure | None) -> tuple[float, float, float, float]:
+    """Return mean, standard error and 95 % interval (Student's t) of at least two values, one for each seed."""
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+    low, high = intervals.student(mean, error, len(values)) or (mean, mean)
+    # Student's t knows no range: of shares near 1, it would reach beyond 1.
+    return (mean, error, low, high) if measure is None else (mean, error, measure.within(low), measure.within(high))
 
 
 def best_of(trials: Sequence[Scored], mode: str) -> Scored | None:
@@ -187,10 +204,10 @@ def best_line(best: Scored, metric: str) -> Best:
     }
 
 
-def metrics_of_rows(rows: Sequence[TrialRow]) -> dict[str, MetricNumbers]:
+def metrics_of_rows(rows: Sequence[TrialRow], measure_of: MeasureOf = _undeclared) -> dict[str, MetricNumbers]:
     """Return every metric of a trial: as measured for one seed, or mean and interval over several seeds."""
     names = [name.removeprefix("metric.") for name in rows[0] if name.startswith("metric.")]
-    return {name: over_seeds([_measured(row, name) for row in rows]) for name in names}
+    return {name: over_seeds([_measured(row, name) for row in rows], measure_of(name)) for name in names}
 
 
 def _measured(row: TrialRow, name: str) -> MetricNumbers:
@@ -198,8 +215,8 @@ def _measured(row: TrialRow, name: str) -> MetricNumbers:
     return {"value": number_of(row, f"metric.{name}"), **parts}
 
 
-def over_seeds(metrics: Sequence[MetricNumbers]) -> MetricNumbers:
-    """Return the mean of a metric over seeds, with standard error and 95 % interval (Student's t).
+def over_seeds(metrics: Sequence[MetricNumbers], measure: Measure | None = None) -> MetricNumbers:
+    """Return the mean of a metric over seeds, with standard error and 95 % interval (Student's t, in the range of `measure`).
 
     Returns the first seed's numbers if there is only one seed or if a seed lacks the metric.
     """
@@ -207,8 +224,7 @@ def over_seeds(metrics: Sequence[MetricNumbers]) -> MetricNumbers:
     # A mean over some of the seeds could be better than the trial: a seed without a value may have diverged.
     if len(metrics) == 1 or len(values) < len(metrics):
         return metrics[0]
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
-    low, high = intervals.student(mean, error, len(values)) or (None, None)
+    mean, error, low, high = _spread(values, measure)
     return {"value": mean, "stderr": error, "low": low, "high": high, "n": len(values)}
 
 

@@ -14,9 +14,9 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from steerlab.evaluation.measured import measure_of, unmeasured
 from steerlab.evaluation.statistics.measures import LOSSES, Measure
@@ -61,8 +61,17 @@ class Prediction(Frozen):
     """Values of other fields of the space; trials with other values are ignored."""
     between: tuple[float | str, float | str] | None = None
     """Two values of `over` that are compared, numbers or texts, instead of the smallest and the largest."""
+    margin: Annotated[float, Field(gt=0)] | None = None
+    """flat: the largest difference that counts as none; default: a tenth of the metric's range or, if it has none, of the value
+    at the first end."""
     because: str = ""
     """The reason, in one sentence."""
+
+    @model_validator(mode="after")
+    def _margin_of_flat(self) -> Prediction:
+        if self.margin is not None and self.expected != "flat":
+            raise ValueError(f"margin belongs to flat; {self.expected} asks whether there is any difference")
+        return self
 
 
 def bounds_in(within: object) -> dict[str, float]:

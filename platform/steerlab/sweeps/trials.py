@@ -57,6 +57,11 @@ class SweepPlan:
     snapshots: tuple[int, ...] = ()
     """Steps after which every training saves its patch, because the space varies `snapshot`."""
 
+    def measure(self, metric: str) -> Measure | None:
+        """Return the description of a metric that the trials, or the job's own tasks, measure; None if none does."""
+        known = (measure_of(metric, job.evaluate) for job in (self.job_of({}, None, ()), self.job))
+        return LOSSES.get(metric) or next((measure for measure in known if measure is not None), None)
+
     @property
     def first_seed(self) -> int:
         """The smallest training seed of the trials: the job's own, 0 if the job trains nothing."""

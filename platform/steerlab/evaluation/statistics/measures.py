@@ -40,6 +40,16 @@ class Measure(NamedTuple):
         return (self.low, self.high) == (0.0, 1.0)
 
     @property
+    def width(self) -> float | None:
+        """Largest minus smallest possible value; None if the range is unbounded or unknown."""
+        return None if self.low is None or self.high is None else self.high - self.low
+
+    def within(self, value: float) -> float:
+        """Return a number, such as the end of an interval, moved into the range of possible values."""
+        above = value if self.low is None else max(value, self.low)
+        return above if self.high is None else min(above, self.high)
+
+    @property
     def mode(self) -> Literal["min", "max"] | None:
         """The direction in Ray Tune's words; None if no direction is better."""
         return None if self.better is None else "max" if self.better == "higher" else "min"
