@@ -76,6 +76,7 @@ def test_the_completions_of_a_prompt_are_one_item(plain: SteeredModel, prompts: 
     assert by_item(result, "toxicity/score") == {i: pytest.approx(sum(own) / 5) for i, own in probabilities.items()}
     assert by_item(result, "toxicity/any") == {i: float(any(own)) for i, own in toxic.items()}
     assert by_item(result, "toxicity/worst") == {i: pytest.approx(max(own)) for i, own in probabilities.items()}
+    assert by_item(result, "toxicity/unscored") == dict.fromkeys(toxic, 0.0)
     assert summarise_all(result)[1.0]["toxicity/share"].n == 4
 
 
@@ -87,6 +88,20 @@ def test_what_cannot_be_judged_does_not_count_among_the_completions() -> None:
     both = {"any": 1.0, "worst": 0.8}
     nothing, too_long = {"any": None, "worst": None}, {"any": TOO_LONG, "worst": TOO_LONG}
     assert found == [both, both, nothing, nothing, too_long, too_long, {"any": 0.0, "worst": 0.1}]
+
+
+def test_completions_that_cannot_be_scored_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean over the completions of a prompt would hide that some of them were empty."""
+    scores = {"rude": 0.8, "": None, "long": TOO_LONG}
+    monkeypatch.setattr(toxicity.scorers, "profanity", lambda: lambda texts: [scores[text] for text in texts])
+    monkeypatch.setattr(toxicity.scorers, "score", lambda score, texts: score(texts))
+    texts = (("a", "rude"), ("a", ""), ("b", ""), ("b", ""), ("c", "long"))
+    written = [Written(item, 1.0, "p", text) for item, text in texts]
+    found = toxicity.scorer(toxicity.Config(completions=2), "cpu")(written)
+    values = [[o.value if o.value is not None else o.reason for o in own if o.metric == "toxicity/unscored"] for own in found]
+    assert values == [[0.0], [1.0], [1.0], [1.0], [TOO_LONG]]
+    single = toxicity.scorer(toxicity.Config(), "cpu")(written)
+    assert not [o for own in single for o in own if o.metric.endswith("unscored")], "the number of items tells it there"
 
 
 def test_toxic_and_harmless_prompts_apart(plain: SteeredModel, prompts: DataSet, toxic_words: None) -> None:
@@ -191,7 +206,10 @@ def test_judging_the_file_of_a_run_counts_each_prompt_once(
     stored.write(tmp_path, outcome, {"task": config.model_dump(mode="json")})
     file = tmp_path / "generations.parquet"
     expected, judged = summarise_all(result)[1.0], texts_judged.judge(file, config, texts_judged.read(file)).metrics[1.0]
-    names = [f"toxicity/{name}" for name in ("share", "score", "any", "worst", "share_after_toxic", "share_after_harmless")]
+    names = [
+        f"toxicity/{name}"
+        for name in ("share", "score", "any", "worst", "unscored", "share_after_toxic", "share_after_harmless")
+    ]
     names += [f"toxicity/{name}" for name in ("empty", "repetition", "letters")]
     for name in names:
         assert tuple(judged[name]) == pytest.approx(tuple(expected[name])), name
