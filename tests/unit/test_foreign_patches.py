@@ -17,7 +17,7 @@ import zoo
 from safetensors.torch import load_file, save_file
 from test_export_language_models import left
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steerlab import models, patches
 from steerlab.job import Selection
@@ -156,6 +156,35 @@ def test_a_vector_of_repeng_steers_as_repeng_does(base: Path, tmp_path: Path) ->
         for scale in (1.0, -0.5):
             torch.testing.assert_close(logits(steered, scale), logits_with(base, directions, scale), atol=1e-5, rtol=0)
     torch.testing.assert_close(logits(steered, 0.0), logits_with(base, {}), atol=0, rtol=0)
+
+
+def test_a_vector_that_repeng_trained_and_wrote_itself(
+    tiny_dir: Path, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way with the other program: it trains, writes the file and steers; here the file steers the same.
+
+    It runs where repeng is installed: pip install --no-deps repeng, since the package asks for numpy below 2.
+    """
+    monkeypatch.setattr(np, "float_", np.float64, raising=False)  # repeng 0.4.0 names it; NumPy 2 has removed it
+    other = pytest.importorskip("repeng", reason="repeng is not installed")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_dir, folder)
+    tiny_model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pairs = [("the cow is happy", "the cow is sad"), ("a duck and a cat", "a dog and a cow"), ("the old cat", "the big dog")]
+    model = other.ControlModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), [0, 1, 2, 3])
+    trained = other.ControlVector.train(model, tokenizer, [other.DatasetEntry(*pair) for pair in pairs])
+    assert set(trained.directions) == {1, 2, 3}, "repeng trains no vector for the first layer"
+    trained.export_gguf(str(tmp_path / "v.gguf"))
+    steered = load(folder, patch=tmp_path / "v.gguf", prompt=PLAIN)
+    model = other.ControlModel(model.unwrap(), [1, 2, 3])
+    for scale in (1.5, -0.5):
+        model.set_control(trained, scale)
+        with torch.no_grad():
+            expected = model(input_ids=IDS).logits
+        torch.testing.assert_close(logits(steered, scale), expected, atol=1e-5, rtol=0)
+    model.reset()
+    assert (model(input_ids=IDS).logits - expected).abs().max() > 0.01, "the vector changes something"
 
 
 def test_a_vector_of_another_type_of_model_is_named(llama: Path, tmp_path: Path) -> None:
