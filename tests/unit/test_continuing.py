@@ -75,7 +75,7 @@ def prompts(encoder: Encoder) -> list[Conversation]:
 
 
 def of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(continuing.Capacity, "num_rows", lambda self, decoding: 3)
+    monkeypatch.setattr(continuing.Capacity, "num_rows", lambda self, decoding, new: 3)
     monkeypatch.setattr(continuing.Capacity, "num_prefilled", lambda self, waiting: min(2, len(waiting)))
 
 
@@ -122,7 +122,7 @@ def test_caches_of_every_kind(
     how: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 3.0}
     together = continuing.Capacity.num_prefilled
     monkeypatch.setattr(continuing.Capacity, "num_prefilled", lambda self, waiting: 1)
-    monkeypatch.setattr(continuing.Capacity, "num_rows", lambda self, decoding: 1)
+    monkeypatch.setattr(continuing.Capacity, "num_rows", lambda self, decoding, new: 1)
     alone = steered.generate(prompts, **how)[0]
     assert len(lengths(alone)) > 2
     monkeypatch.setattr(continuing.Capacity, "num_prefilled", together)
@@ -208,10 +208,10 @@ def test_the_memory_of_keys_and_values_is_measured(encoder: Encoder) -> None:
     )  # fmt: skip
     steered = SteeredModel(zoo.model(config), encoder)
     row = encoder.encode(encoder.conversation("give the topic", "lamp"))
-    waiting = [continuing.Waiting((0, 0), row, 1.0, None)] * 5
-    decoding = steered._prefilled(waiting)
+    waiting = [continuing.Waiting((0, 0), row, 1.0, None, sampling.Sampling(), 7)] * 5
+    decoding = steered.read_prompts(waiting)
     per_token = 2 * 3 * 2 * 8 * 4  # keys and values, layers, heads of 8, float32
     assert decoding.num_bytes == 5 * len(row) * per_token
-    capacity = continuing.Capacity(max_new_tokens=7, batch_tokens=4096, mixes=True)
+    capacity = continuing.Capacity(batch_tokens=4096, mixes=True)
     of_row = per_token * (len(row) + 7) + 6 * 4 * len(encoder.tokenizer)  # type: ignore[arg-type]
-    assert capacity.num_rows(decoding) == 2**30 // of_row
+    assert capacity.num_rows(decoding, 7) == 2**30 // of_row

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ from steerlab import patches
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import DATA, INSTRUCTION, Message, Part
 from steerlab.patches import EmbeddingPatch
-from steerlab.serving import served_rows, server
+from steerlab.serving import server
 from steerlab.serving.batches import Batches
 from steerlab.serving.replies import Text
 from steerlab.steered.language import SteeredModel
+from steerlab.steered.prefilled import Decoding
 from steerlab.steered.stacks import load
 
 QUESTION, LETTER = "Name the colours of the letter.", "A red hat, and say blue."
@@ -163,11 +165,126 @@ def test_a_batch_holds_two_strengths_and_a_data_part(running: Running, client: o
 
         busy = pool.submit(occupy)
         assert first.wait(60)
-        before = len(running.batches.sizes)
         futures = [pool.submit(text_of, client, s, messages=exchange(kind=kind)) for kind, s in asked]
         assert [future.result(120) for future in futures] == alone
         busy.result(120)
-    assert max(running.batches.sizes[before - 1 :]) > 1, "no two requests were in one batch"
+    assert running.batches.most_at_once > 2, "no two requests joined the row that ran"
+
+
+class Long:
+    """A stream of at least 100 tokens, from its first token on; the model can be held between two steps."""
+
+    def __init__(self, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.ended = threading.Semaphore(0), threading.Event()
+        step = Decoding.step
+
+        def held(decoding: Decoding, token_B: torch.Tensor) -> None:
+            assert self.go.acquire(timeout=60)
+            step(decoding, token_B)
+
+        monkeypatch.setattr(Decoding, "step", held)
+        self.client = running.client()
+        given: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 100, "temperature": 1.0, "seed": 1}
+        self.stream = self.client.completions.create(**given, stream=True)
+        next(iter(self.stream))
+        self.number = running.batches.num_rows
+
+    def steps(self, number: int) -> None:
+        for _ in range(number):
+            self.go.release()
+
+    def finish(self) -> str:
+        self.steps(1000)
+        text = "".join(chunk.choices[0].text for chunk in self.stream if chunk.choices)
+        self.client.close()
+        return text
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
+def test_a_short_request_does_not_wait_for_a_long_one(aside: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It joins the running batch, with settings of its own, and gets what it gets alone; so does the long one."""
+    running = Running(aside)
+    how: list[dict[str, Any]] = [
+        {"max_tokens": 4, "temperature": 0},
+        {"max_tokens": 7, "temperature": 2.0, "seed": 3, "extra_body": {"top_k": 5, "strength": 0.0}},
+        {"max_tokens": 6, "temperature": 0, "extra_body": {"repetition_penalty": 2.0, "strength": 0.5}},
+    ]
+    with running.client() as client:
+        asks = [lambda own=own: client.completions.create(model="tiny", prompt="b", **own).choices[0].text for own in how]
+        alone = [ask() for ask in asks]
+        assert len(set(alone)) == 3
+        long_alone = (
+            client.completions.create(model="tiny", prompt="a", max_tokens=100, temperature=1.0, seed=1).choices[0].text
+        )
+        try:
+            long = Long(running, monkeypatch)
+            with ThreadPoolExecutor(3) as pool:
+                asked = [pool.submit(ask) for ask in asks]
+                wait_for(lambda: sum(1 for _ in running.batches._waiting) == 3)
+                long.steps(20)  # of the 100 that the long one takes
+                assert [one.result(60) for one in asked] == alone
+                assert running.batches.most_at_once == 4
+            assert long_alone.endswith(long.finish()) and len(long_alone) > 100
+        finally:
+            running.close()
+
+
+def test_a_request_on_which_the_model_fails_does_not_end_the_one_that_runs(
+    aside: SteeredModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = Running(aside)
+    try:
+        long = Long(running, monkeypatch)
+        read = SteeredModel.prefill
+
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(SteeredModel, "prefill", fail)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(running.ask, "/v1/completions", {"model": "tiny", "prompt": "b", "max_tokens": 3})
+            wait_for(lambda: len(running.batches._waiting) == 1)
+            long.steps(5)
+            status, answer = asked.result(60)
+        assert status == 500 and "RuntimeError: out of memory" in answer["error"]["message"]
+        monkeypatch.setattr(SteeredModel, "prefill", read)
+        assert len(long.finish()) > 50
+        assert running.ask("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 1})[0] == 200
+    finally:
+        running.close()
+
+
+def test_later_requests_do_not_overtake_one_that_cannot_join(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patch of weights has one strength at a time: the request at another strength comes next, and then the later ones."""
+    running = Running(patched(base, patches.WeightPatch.of({"model.layers.1.mlp.down_proj.weight": torch.ones(32, 48)})))
+    try:
+        long = Long(running, monkeypatch)
+        order: list[float] = []
+        take = Batches._take
+
+        def taken(batches: Batches, *given: Any) -> Any:
+            rows = take(batches, *given)
+            order.extend(one.strength for one in rows)
+            return rows
+
+        monkeypatch.setattr(Batches, "_take", taken)
+        with ThreadPoolExecutor(3) as pool:
+            asked = []
+            for number, strength in enumerate((0.5, 1.0, 1.0), 1):
+                body = {"model": "tiny", "prompt": "b", "max_tokens": 3, "strength": strength}
+                asked.append(pool.submit(running.ask, "/v1/completions", body))
+                wait_for(lambda number=number: len(running.batches._waiting) == number)  # type: ignore[misc]
+            long.finish()
+            assert [one.result(60)[0] for one in asked] == [200] * 3
+        assert order == [0.5, 1.0, 1.0]
+    finally:
+        running.close()
 
 
 def test_a_stream_is_the_same_text(client: openai.OpenAI) -> None:
@@ -309,13 +426,13 @@ def test_many_at_once_wait_or_are_refused(aside: SteeredModel, monkeypatch: pyte
         status, answer = running.ask("/v1/completions", {"model": "tiny", "prompt": ["a"] * 9, "max_tokens": 1})
         assert status == 429 and answer["error"]["type"] == "rate_limit_error"
         assert running.ask("/v1/completions", {"model": "tiny", "prompt": ["a"] * 8, "max_tokens": 1})[0] == 200
-        assert max(running.batches.sizes) == 2 and sum(running.batches.sizes) == 8
+        assert running.batches.most_at_once == 2 and running.batches.num_rows == 8
 
         def fail(*_: object, **__: object) -> None:
             raise RuntimeError("out of memory")
 
         with monkeypatch.context() as patch:
-            patch.setattr(served_rows, "collate", fail)
+            patch.setattr(SteeredModel, "prefill", fail)
             status, answer = running.ask("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 1})
             assert status == 500 and "the model failed: RuntimeError: out of memory" in answer["error"]["message"]
         assert running.ask("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 1})[0] == 200

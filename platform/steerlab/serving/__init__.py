@@ -1,8 +1,7 @@
 """Serve a model with its patch by OpenAI's chat API on this machine, for evaluation by any client of that API.
 
 asked.py        requests: their fields, their limits, and the conversations that they describe
-served_rows.py  a batch of rows with their own strengths and sampling, continued token by token
-batches.py      the queue of requests, and the thread that runs them in batches
+batches.py      the queue of requests, and the thread that continues them together
 replies.py      answers, chunks of a stream and errors in OpenAI's shape
 server.py       the HTTP server
 """

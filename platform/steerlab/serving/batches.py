@@ -1,7 +1,8 @@
-"""The queue of requests, and the thread that runs them in batches.
+"""The queue of requests, and the thread that continues them together.
 
-Requests that arrive while a batch runs wait for its end, and are then batched as far as the model allows. The thread only runs
-the model: the server's own thread tokenises texts and decodes tokens, since a tokenizer serves one thread at a time.
+A request joins the batch that runs, as far as the model allows, and leaves it at its end (steered/continuing.py): nobody waits
+for the longest answer. The thread only runs the model: the server's own thread tokenises texts and decodes tokens, since a
+tokenizer serves one thread at a time.
 """
 
 from __future__ import annotations
@@ -10,17 +11,50 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from steerlab.serving import served_rows
+import torch
+
+from steerlab.inputs.tokens import Encoded
 from steerlab.serving.asked import RefusedError
-from steerlab.serving.served_rows import Row, Told
+from steerlab.steered.batching import Size
+from steerlab.steered.continuing import Step, continue_prompts
 from steerlab.steered.language import SteeredModel
+from steerlab.steered.prefilled import Decoding
+from steerlab.steered.sampling import Sampling, uniforms
+from steerlab.steered.waiting import Capacity, Waiting
 
 MOST_ROWS = 32
 """Largest number of rows of a batch."""
 MOST_WAITING = 256
 """Largest number of waiting rows; further ones are refused."""
 _WAKE_S = 1.0
+
+
+@dataclass(eq=False)
+class Row:
+    """One prompt of a request, to be continued."""
+
+    prompt: Encoded
+    strength: float
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    choice: int
+    """Number of the answer among those of its request: with the same seed, each answer has different random numbers."""
+    cancelled: bool = False
+    """Set by another thread after a stop text, or when the client has disconnected."""
+
+    @property
+    def size(self) -> Size:
+        """What decides with which other rows this one can share a batch."""
+        return Size(len(self.prompt), self.max_new_tokens, self.strength)
+
+    @property
+    def waiting(self) -> Waiting[Row]:
+        """The row as a prompt that waits to be continued."""
+        drawn_N = uniforms([self.choice], self.max_new_tokens, self.seed)[0] if self.sampling.temperature else None
+        return Waiting(self, self.prompt, self.strength, drawn_N, self.sampling, self.max_new_tokens)
 
 
 class Ticket:
@@ -37,19 +71,23 @@ class Ticket:
 
 
 class Batches:
-    """The waiting rows, and the thread that continues them."""
+    """The waiting rows, and the thread that continues them. It is the queue of `continue_prompts`."""
 
     def __init__(self, model: SteeredModel, most_rows: int = MOST_ROWS) -> None:
         self._model, self._most_rows = model, most_rows
         # Read here, not in the thread, because this uses the tokenizer.
         self._ends = model.end_ids
         self._waiting: deque[tuple[Row, Ticket]] = deque()
+        self._running: dict[Row, Ticket] = {}
+        """Rows that were handed to the model and have not ended."""
         self._changed = threading.Condition()
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._serve, daemon=True, name="steerlab-batches")
-        self.sizes: list[int] = []
-        """Number of rows of each batch so far, for the server's log; the last 1,000."""
+        self.num_rows = 0
+        """Number of rows that were handed to the model so far."""
+        self.most_at_once = 0
+        """Largest number of rows that were continued at once so far."""
 
     def start(self) -> None:
         """Start the thread. Called in the running event loop, to which it reports."""
@@ -81,44 +119,66 @@ class Batches:
             self._changed.notify()
 
     def _serve(self) -> None:
-        while (batch := self._next()) is not None:
-            owner = {id(row): ticket for row, ticket in batch}
+        capacity = Capacity(self._model.batch_tokens, mixes=True)
+        while True:
             try:
-                served_rows.run(self._model, [row for row, _ in batch], self._ends, lambda told, to=owner: self._tell(told, to))
-            except Exception as error:  # an error of the model ends one batch; the server continues
-                self._post([(ticket, error) for ticket in {id(t): t for _, t in batch}.values()])
+                with torch.inference_mode():
+                    for _ in continue_prompts(self, self._read, capacity, self._has_ended, self._tell):
+                        pass
+                return  # `first` has returned no rows: the server ends
+            except Exception as error:  # an error of the model ends the rows that ran; the server continues
+                self._post([(ticket, error) for ticket in dict.fromkeys(self._running.values())])
+                self._running.clear()
 
-    def _next(self) -> list[tuple[Row, Ticket]] | None:
-        """Return the oldest row with others that can share its batch; None after `close`."""
+    def _read(self, rows: Sequence[Waiting[Row]]) -> Decoding | None:
+        """Read prompts; None if the model fails on them, which is reported to their requests alone."""
+        try:
+            return self._model.read_prompts(rows)
+        except Exception as error:
+            self._post([(ticket, error) for ticket in dict.fromkeys(self._running.pop(one.key) for one in rows)])
+            return None
+
+    def first(self) -> list[Waiting[Row]]:
+        """Wait for a row; return the oldest one with others that can share its batch, nothing after `close`."""
         with self._changed:
             while not self._closed:
-                gone = [(row, ticket) for row, ticket in self._waiting if row.cancelled]
-                for pair in gone:
-                    self._waiting.remove(pair)
-                if self._waiting:
-                    break
+                if rows := self._take([], self._most_rows):
+                    return rows
                 self._changed.wait(_WAKE_S)
-            if self._closed:
-                error = RefusedError("the server is shutting down", status=503, code="unavailable")
-                self._post([(ticket, error) for ticket in {id(t): t for _, t in self._waiting}.values()])
-                return None
-            waiting = list(self._waiting)
-            rows = [row for row, _ in waiting]
-            chosen = self._model.in_common(
-                [len(row.prompt) for row in rows],
-                [row.max_new_tokens for row in rows],
-                [row.strength for row in rows],
-                self._most_rows,
-            )
-            taken = set(chosen)
-            self._waiting = deque(pair for number, pair in enumerate(waiting) if number not in taken)
-        self.sizes = [*self.sizes[-999:], len(chosen)]
-        return [waiting[number] for number in chosen]
+            error = RefusedError("the server is shutting down", status=503, code="unavailable")
+            self._post([(ticket, error) for ticket in dict.fromkeys(ticket for _, ticket in self._waiting)])
+            return []
 
-    def _tell(self, told: Told, owner: dict[int, Ticket]) -> None:
+    def more(self, running: Sequence[Waiting[Row]], num: int) -> list[Waiting[Row]]:
+        """Return at most `num` waiting rows that can join the running ones."""
+        with self._changed:
+            return self._take([one.key.size for one in running], min(self._most_rows, len(running) + num))
+
+    def _take(self, running: Sequence[Size], limit: int) -> list[Waiting[Row]]:
+        """Remove and return the waiting rows that can join a batch, which then has at most `limit` rows."""
+        waiting = [(row, ticket) for row, ticket in self._waiting if not row.cancelled]
+        chosen = self._model.joining(running, [row.size for row, _ in waiting], limit) if waiting else []
+        if running:
+            # If the oldest row cannot join, none does: otherwise it could wait for ever, while later ones join.
+            chosen = [number for place, number in enumerate(chosen) if number == place]
+        taken = {waiting[number][0] for number in chosen}
+        self._waiting = deque((row, ticket) for row, ticket in waiting if row not in taken)
+        self._running |= {row: ticket for row, ticket in waiting if row in taken}
+        self.num_rows += len(taken)
+        self.most_at_once = max(self.most_at_once, len(self._running))
+        return [waiting[number][0].waiting for number in chosen]
+
+    def _has_ended(self, one: Waiting[Row], written: list[int]) -> bool:
+        return written[-1] in self._ends or one.key.cancelled
+
+    def _tell(self, steps: Sequence[Step[Row]]) -> None:
+        """Report the tokens of a step to the requests that they belong to."""
         if self._closed:
             raise RefusedError("the server is shutting down", status=503, code="unavailable")
-        self._post([(owner[id(row)], (row, token, last)) for row, token, last in told])
+        self._post([(self._running[one.row.key], (one.row.key, one.written[-1], one.ended)) for one in steps])
+        for step in steps:
+            if step.ended:
+                del self._running[step.row.key]
 
     def _post(self, events: Sequence[tuple[Ticket, tuple[Row, int, bool] | Exception]]) -> None:
         """Hand events over to the server's thread."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from steerlab.guards.json_values import JsonObject
 from steerlab.serving.asked import RefusedError
-from steerlab.serving.served_rows import Row
+from steerlab.serving.batches import Row
 from steerlab.steered.language import SteeredModel
 
 _UNFINISHED = "\ufffd"

@@ -20,9 +20,8 @@ from aiohttp import web
 from steerlab.guards.json_values import JsonObject
 from steerlab.serving import asked, replies
 from steerlab.serving.asked import Chat, Completion, RefusedError
-from steerlab.serving.batches import Batches, Ticket
+from steerlab.serving.batches import Batches, Row, Ticket
 from steerlab.serving.replies import Answer, Text
-from steerlab.serving.served_rows import Row
 from steerlab.steered.language import SteeredModel
 
 HOST = "127.0.0.1"

@@ -8,12 +8,12 @@ one length throughout.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from steerlab import models
 from steerlab.inputs.tokens import Row
 from steerlab.patches import SavedPatch
-from steerlab.steered.continuing import Waiting
+from steerlab.steered.waiting import Key, Waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,11 +66,11 @@ def _of_similar_length(items: list[_T], length: Callable[[_T], int], batch_token
 
 
 def groups(
-    model: PreTrainedModel, newest: SavedPatch | None, waiting: Sequence[Waiting], more: int
-) -> Iterator[tuple[list[Waiting], bool]]:
+    model: PreTrainedModel, newest: SavedPatch | None, waiting: Sequence[Waiting[Key]], more: int
+) -> Iterator[tuple[list[Waiting[Key]], bool]]:
     """Yield prompts that may share a batch, and whether their lengths may differ; they become longer by `more` tokens."""
     together = _padded_up_to(model)
-    groups: dict[tuple[float, int], list[Waiting]] = {}
+    groups: dict[tuple[float, int], list[Waiting[Key]]] = {}
     for one in waiting:
         length = len(one.row)
         groups.setdefault((_shared(newest, one.strength), length * (length + more > together)), []).append(one)
@@ -78,25 +78,47 @@ def groups(
         yield groups[key], not key[1]
 
 
-def in_common(
+class Size(NamedTuple):
+    """What decides with which other rows a row can share a batch."""
+
+    num_tokens: int
+    """Length of the prompt."""
+    max_new_tokens: int
+    strength: float
+    """Strength of the newest patch."""
+
+
+def joining(
     model: PreTrainedModel,
     newest: SavedPatch | None,
-    prompts: Sequence[int],
-    more: Sequence[int],
-    strengths: Sequence[float],
+    running: Sequence[Size],
+    waiting: Sequence[Size],
     limit: int,
     batch_tokens: int,
 ) -> list[int]:
-    """Return the numbers of the rows that can be continued in one batch with the first one: `SteeredModel.in_common`."""
+    """Return the numbers of the waiting rows that can be continued in one batch with the running ones.
+
+    Args:
+        model: The model.
+        newest: Its newest patch; None if it has none.
+        running: Rows of the batch; empty for a batch that begins with the first waiting row.
+        waiting: The other rows.
+        limit: Maximum number of rows of the batch.
+        batch_tokens: Maximum number of tokens of the batch, with padding and the tokens that may be generated.
+    """
     together = _padded_up_to(model)
-    chosen = [0]
-    for number in range(1, len(prompts)):
-        inside = (*chosen, number)
-        longest = max(prompts[i] for i in inside) + max(more[i] for i in inside)
-        fits = len(inside) <= limit and len(inside) * longest <= batch_tokens
-        alike = longest <= together or prompts[number] == prompts[0]
-        if fits and alike and _shared(newest, strengths[number]) == _shared(newest, strengths[0]):
+    inside = [*running] or [waiting[0]]
+    chosen = [] if running else [0]
+    for number in range(len(chosen), len(waiting)):
+        row = waiting[number]
+        among = [*inside, row]
+        longest = max(one.num_tokens for one in among) + max(one.max_new_tokens for one in among)
+        fits = len(among) <= limit and len(among) * longest <= batch_tokens
+        # Rows that cannot be padded share a batch from its beginning, with prompts of one length.
+        alike = longest <= together or (not running and row.num_tokens == inside[0].num_tokens)
+        if fits and alike and _shared(newest, row.strength) == _shared(newest, inside[0].strength):
             chosen.append(number)
+            inside = among
     return chosen
 
 

@@ -23,12 +23,14 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import GENERATION, Batch, Conversation, Encoded, Row, collate
 from steerlab.patches import SavedPatch
 from steerlab.steered import batching, fixed_probe, internals, shown_texts, token_scores
-from steerlab.steered.continuing import Capacity, Waiting, continue_prompts
+from steerlab.steered.batching import Size
+from steerlab.steered.continuing import continue_prompts
 from steerlab.steered.generated_text import Ends, Generation
 from steerlab.steered.model import Asked, Shown, Steered
 from steerlab.steered.prefilled import Decoding
 from steerlab.steered.sampling import Sampling, uniforms
 from steerlab.steered.token_scores import TokenLogProbs
+from steerlab.steered.waiting import Capacity, Key, Listed, Waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -173,16 +175,17 @@ class SteeredModel(Steered):
         drawn_PN = uniforms(fitting, max_new_tokens, seed) if temperature and fitting else [None] * len(fitting)
         # The loop over prompts is outside, so that the strengths of one prompt share a batch without padding.
         waiting = [
-            Waiting((s, p), encoded[p], strength, drawn_N)
+            Waiting((s, p), encoded[p], strength, drawn_N, sampling, max_new_tokens)
             for p, drawn_N in zip(fitting, drawn_PN, strict=True)
             for s, strength in enumerate(strengths)
         ]
         results: dict[tuple[int, int], Generation] = {}
         ends = Ends(self.encoder, self.end_ids, stop)
-        tell = None if watch is None else lambda written: watch({key: ends.cut(ids).text for key, ids in written.items()})
+        tell = None if watch is None else lambda steps: watch({step.row.key: ends.cut(step.written).text for step in steps})
         for group, mixes in batching.groups(self.model, self._newest, waiting, max_new_tokens):
-            capacity = Capacity(max_new_tokens, self.batch_tokens, mixes)
-            for one, ids in continue_prompts(group, self._prefilled, capacity, sampling, ends.reached, tell):
+            capacity = Capacity(self.batch_tokens, mixes)
+            queue = Listed(group, capacity)
+            for one, ids in continue_prompts(queue, self.read_prompts, capacity, lambda _, ids: ends.reached(ids), tell):
                 results[one.key] = ends.cut(ids)
                 self.progress(len(results), len(waiting))
         unread = Generation("", 0, False, too_long=True)
@@ -270,7 +273,8 @@ class SteeredModel(Steered):
         written = {"roles": self.encoder.response_role_id, "phases": GENERATION}
         return Decoding(self.model, batch.patched_inputs, written, strength_B, self._strengths)
 
-    def _prefilled(self, waiting: list[Waiting]) -> Decoding:
+    def read_prompts(self, waiting: Sequence[Waiting[Key]]) -> Decoding:
+        """Read prompts as one batch, and return the state from which they are continued."""
         # Padded on the left, the batch has the last token of every row in its last column, which predicts the next one.
         batch = collate([one.row for one in waiting], self.encoder.pad_id, side="left").to(self.device)
         return self.prefill(batch, torch.tensor([one.strength for one in waiting]))
@@ -282,16 +286,9 @@ class SteeredModel(Steered):
         listed = ids if isinstance(ids, list) else [ids]
         return {int(i) for i in listed if i is not None} | self.encoder.end_ids
 
-    def in_common(self, prompts: Sequence[int], more: Sequence[int], strengths: Sequence[float], limit: int) -> list[int]:
-        """Return the numbers of the rows that can be continued in one batch with the first one, at most `limit`.
-
-        Args:
-            prompts: Number of tokens of each prompt.
-            more: Number of tokens by which each may become longer.
-            strengths: Strength of the newest patch in each row.
-            limit: Maximum number of rows.
-        """
-        return batching.in_common(self.model, self._newest, prompts, more, strengths, limit, self.batch_tokens)
+    def joining(self, running: Sequence[Size], waiting: Sequence[Size], limit: int) -> list[int]:
+        """Return the numbers of the waiting rows that can join a batch of running rows, which then has at most `limit`."""
+        return batching.joining(self.model, self._newest, running, waiting, limit, self.batch_tokens)
 
     @property
     def _newest(self) -> SavedPatch | None:
