@@ -14,9 +14,9 @@ from damage import DAMAGES, files_below, times
 
 from steerlab import patches
 from steerlab.guards import saved
-from steerlab.job import ScaleConfig
+from steerlab.job import DataSet, ScaleConfig
 from steerlab.patches import EmbeddingPatch
-from steerlab.stages.spread.shard_plan import Facts, Planned, WorkFolder
+from steerlab.stages.spread.shard_plan import Facts, Planned, WorkFolder, planned
 from steerlab.storage import manifests, plan
 from steerlab.storage.plan import Stage
 from steerlab.storage.store import Store, StoreError
@@ -161,6 +161,20 @@ def test_the_parts_of_a_stage_that_was_killed(damage: Damage, number: int, chanc
         (tmp_path / "out").mkdir()
         with pytest.raises(ValueError, match=r"damaged or missing; run the same command again to recompute it"):
             again.copy_parts(tmp_path / "out")
+
+
+def test_texts_that_are_no_text_any_more_are_planned_again(tmp_path: Path) -> None:
+    """Of the flipped bits, an eighth make bytes that no UTF-8 text has; those are damaged texts like others."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(4)))
+    data = DataSet.model_validate({"source": str(tmp_path / "rows.jsonl"), "format": "text"})
+    folder = WorkFolder(str(tmp_path), "extract", "k")
+    entries = planned(folder, data, 2)
+    victim = tmp_path / "work/extract/k/plan/00001.json"
+    whole = victim.read_bytes()
+    victim.write_bytes(b"\xff" + whole[1:])
+    with pytest.raises(ValueError, match=r"the texts of shard 1 in .* are damaged; run the same command again"):
+        WorkFolder(str(tmp_path), "extract", "k").shard(entries[1])
+    assert planned(WorkFolder(str(tmp_path), "extract", "k"), data, 2) == entries and victim.read_bytes() == whole
 
 
 @every

@@ -168,13 +168,14 @@ def test_values_of_each_kind(path: tuple[Any, ...], value: Any, fits: bool, sche
         assert fits
 
 
+@pytest.mark.parametrize("before", [b"{}", b"{\xff}"])
 @pytest.mark.parametrize("folder", ["runs/a/1/job.yaml", "sweeps/a/1/best.yaml"])
 def test_what_the_tool_writes_names_the_schema_and_follows_it(
-    folder: str, schema: jsonschema.Draft202012Validator, tmp_path: Path
+    folder: str, before: bytes, schema: jsonschema.Draft202012Validator, tmp_path: Path
 ) -> None:
-    """A folder that is moved together with ROOT keeps its schema; one of an older version gets that of the newer."""
+    """A folder that is moved together with ROOT keeps its schema; an older or a damaged one is replaced by the newer."""
     store = Store.open(str(tmp_path / "root"))
-    store.write_text("schema.json", "{}")
+    store.write_bytes("schema.json", before)
     wanted = job.read(ROOT / "jobs/tiny/vanilla.yaml", JobType)
     job_files.write(store, folder, wanted)
     (tmp_path / "root").rename(tmp_path / "moved")

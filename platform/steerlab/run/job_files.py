@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import PurePosixPath
 
 from steerlab.job import Job, dump
+from steerlab.storage.errors import NotTextError
 from steerlab.storage.store import Store
 
 _SCHEMA = "schema.json"
@@ -27,5 +28,5 @@ def write(store: Store, path: str, job: Job) -> None:
 def _present(store: Store) -> str | None:
     try:
         return store.read_text(_SCHEMA)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotTextError):  # a damaged copy is written again
         return None

@@ -18,6 +18,10 @@ class StoreError(OSError):
     """An artifact or a file below ROOT could not be written or read; the message is one line for users."""
 
 
+class NotTextError(StoreError):
+    """A file that steerlab wrote as text is not UTF-8 any more, so it is damaged."""
+
+
 class FullDisk(StoreError):
     """A disk is full, so that another attempt would fail as well until somebody makes room."""
 

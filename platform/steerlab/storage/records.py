@@ -21,7 +21,7 @@ from steerlab.data.sources import SourceError, cache_root, remote
 from steerlab.guards import files, texts, waiting
 from steerlab.guards.json_values import Json
 from steerlab.storage import exclusive
-from steerlab.storage.errors import StoreError, existing_parent, explained_full_disk
+from steerlab.storage.errors import NotTextError, StoreError, existing_parent, explained_full_disk
 from steerlab.storage.parted import Parted
 
 _WITHOUT_FOLDERS = ("s3", "gcs", "abfs")
@@ -89,11 +89,11 @@ class Records:
             self._fs.delete_file(self._at(relpath))
 
     def read_text(self, relpath: str) -> str:
-        """Read a text file. Raises StoreError if it is not UTF-8, FileNotFoundError if it is absent."""
+        """Read a text file. Raises NotTextError if it is not UTF-8, FileNotFoundError if it is absent."""
         try:
             return self._read(relpath).decode()
         except UnicodeDecodeError as error:
-            raise StoreError(f"{self.where(relpath)} is not UTF-8 text (byte {error.start})") from None
+            raise NotTextError(f"{self.where(relpath)} is not UTF-8 text (byte {error.start})") from None
 
     def read_json(self, relpath: str) -> Any:
         """Read a JSON file. Raises StoreError if it is not JSON, FileNotFoundError if it is absent."""

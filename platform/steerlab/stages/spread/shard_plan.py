@@ -27,7 +27,7 @@ from steerlab.data import pairs, rows
 from steerlab.data.values import Row
 from steerlab.guards import saved
 from steerlab.job import DataSet
-from steerlab.storage.errors import explained_full_disk
+from steerlab.storage.errors import NotTextError, explained_full_disk
 from steerlab.storage.store import Store, StoreError
 from steerlab.storage.whole import is_intact, json_sum
 
@@ -114,11 +114,13 @@ class WorkFolder:
         self._store.write_text(f"{self._folder}/plan/{number:05d}.json", texts)
 
     def texts(self, number: int) -> str | None:
-        """Return the texts of a shard; None if they were not written."""
+        """Return the texts of a shard; None if they were not written, "" if the file is damaged so that it is not text."""
         try:
             return self._store.read_text(f"{self._folder}/plan/{number:05d}.json")
         except FileNotFoundError:
             return None
+        except NotTextError:
+            return ""  # no shard has these texts, so their sum differs from the planned one
 
     def shard(self, entry: Planned) -> Shard:
         """Read a planned shard."""
