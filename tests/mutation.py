@@ -66,11 +66,16 @@ PARTS = {
     ),
     "methods": Part(("methods/*.py",), ("methods", "unit/test_keys.py", "unit/test_options.py")),
     "keys": Part(
-        ("stages/*.py", "storage/plan.py", "stages/spread/subject.py"),
+        # Not stages/spread, which starts processes and is tested on real Ray clusters (tests/ray).
+        (
+            "stages/__init__.py", "stages/extraction_size.py", "stages/job_plan.py", "stages/assemble.py", "stages/choose.py",
+            "stages/edit.py", "stages/evaluate.py", "stages/extract.py", "stages/fit.py", "stages/preambles.py",
+            "stages/prepare.py", "stages/reduce.py", "stages/train.py", "stages/spread/subject.py", "storage/plan.py",
+        ),
         (
             "unit/test_keys.py", "unit/test_job_plan.py", "unit/test_plan.py", "unit/test_choose.py",
             "unit/test_strength.py", "unit/test_own_code.py", "unit/test_options.py", "unit/test_prompt_method.py",
-            "unit/test_inverse.py", "unit/test_steering_requests.py", "methods/test_realigned.py",
+            "unit/test_inverse.py", "unit/test_steering_requests.py", "methods/test_realigned.py", "unit/test_interactive.py",
         ),
     ),
     "store": Part(
@@ -84,7 +89,7 @@ PARTS = {
     "report": Part(
         ("report/*.py",),
         (
-            "unit/test_report.py", "unit/test_report_sweeps.py", "unit/test_report_answers.py",
+            "unit/test_report.py", "unit/test_report_sweeps.py", "unit/test_report_headline.py",
             "unit/test_report_modules.py", "unit/test_report_tokens.py", "unit/test_comparison.py",
         ),
     ),

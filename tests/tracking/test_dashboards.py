@@ -118,6 +118,8 @@ def test_samples_are_tables_with_a_column_of_strengths() -> None:
         shown = json.dumps(sections["Samples"])
         assert all(f'"{key}"' in shown for key in board.media) and "Weave" in shown
         assert all(key == "images" or key.startswith("samples/") for key in board.media)
+        # The gallery's axis is the step, so that it has a slider; each strength's images are a step (`Tracker.gallery`).
+        assert ('"by_strength/images"' in shown and '"axis": "step"' in shown) == ("images" in board.media)
 
 
 def test_push_writes_views_and_a_report(server: standin.Standin) -> None:

@@ -99,11 +99,14 @@ def test_a_run_with_all_that_belongs_to_it(server: standin.Standin, tmp_path: Pa
     assert (sent["groupName"], sent["sweep"], sent["tags"]) == ("angles", "sweep1", ["aside"])
     assert sent["summary"]["separation/sep"] == 0.9 and server.exits["run-1"] == [0]
     lines = server.lines("run-1")
-    assert [line["_step"] for line in lines] == list(range(6))
+    assert [line["_step"] for line in lines] == list(range(8))
     assert [(line["train/step"], line["train/steps_per_s"]) for line in lines[:3]] == [(1, 2), (2, 2), (3, 2)]
     assert lines[3]["base/train/loss"] == 9 and "train/step" not in lines[3]
     assert lines[4]["samples/toxicity"]["nrows"] == 1
     assert (lines[5]["images"]["nrows"], lines[5]["images"]["ncols"]) == (2, 4)
+    # W&B's media panel has a slider over these two lines, on the axis of the strengths.
+    assert [line["by_strength/strength"] for line in lines[6:]] == [0.0, 0.5]
+    assert [line["by_strength/images"]["captions"] for line in lines[6:]] == [["0, guidance 1.0"]] * 2
     (table,) = (tmp_path / "wandb").rglob("images_*.table.json")
     content = json.loads(table.read_text())
     assert content["columns"] == ["strength", "guidance", "id", "image"]
@@ -114,6 +117,8 @@ def test_a_run_with_all_that_belongs_to_it(server: standin.Standin, tmp_path: Pa
         "train/*",
         "base/train/step",
         "base/train/*",
+        "by_strength/strength",
+        "by_strength/*",
     }
     assert {"fit-" + "a" * 16, "extract-" + "b" * 16} <= set(server.artifacts)
     assert json.loads(server.artifacts["fit-" + "a" * 16]["metadata"])["inputs"] == ["extract-" + "b" * 16]

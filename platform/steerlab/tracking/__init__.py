@@ -31,6 +31,8 @@ SPOOL = "wandb"
 """Folder of a run's spool in its run folder; the names of spools of further strengths begin with this name."""
 IMAGES = "images"
 """Key of the table of images."""
+BY_STRENGTH = "by_strength"
+"""Beginning of the keys under which the images of each strength are a step: W&B's media panel has a slider there."""
 
 FINISH_WAIT_S = 5.0
 """Longest time that the end of a run waits for its writer, which then continues alone."""
@@ -159,13 +161,13 @@ class Tracker:
             self._spool.append({"kind": "table", "key": key, "columns": columns, "rows": body})
 
     def gallery(self, folder: Path, strength: float | None = None) -> None:
-        """Record the images of a run, `{strength}_{guidance}/{id}.png` below `folder`, as one table, once.
+        """Record the images of a run, `{strength}_{guidance}/{id}.png` below `folder`, as one table and by strength, once.
 
         Args:
             folder: the folder; the files must not move until the run is sent.
             strength: the only strength whose images are recorded; None records all.
         """
-        if self._spool is None or IMAGES in self._spool.keys or not folder.is_dir():
+        if self._spool is None or not folder.is_dir():
             return
         rows: list[list[Json]] = []
         paths: list[str] = []
@@ -178,7 +180,22 @@ class Tracker:
                 paths.append(str(path))
         if rows:
             columns = ["strength", "guidance", "id"]
-            self._spool.append({"kind": "gallery", "key": IMAGES, "columns": columns, "rows": rows, "paths": paths})
+            if IMAGES not in self._spool.keys:
+                self._spool.append({"kind": "gallery", "key": IMAGES, "columns": columns, "rows": rows, "paths": paths})
+            self._record_by_strength(rows, paths)
+
+    def _record_by_strength(self, rows: Sequence[Sequence[Json]], paths: Sequence[str]) -> None:
+        assert self._spool is not None
+        strengths = sorted({float(row[0]) for row in rows if isinstance(row[0], int | float)})
+        for strength in strengths if len(strengths) > 1 else ():
+            own = [(row, path) for row, path in zip(rows, paths, strict=True) if row[0] == strength]
+            key = f"{BY_STRENGTH}/{strength:g}"
+            # A run that was killed between two of these events sends the rest when it is resumed.
+            if key not in self._spool.keys:
+                captions = [f"{row[2]}, guidance {row[1]}" for row, _ in own]
+                self._spool.append(
+                    {"kind": "images", "key": key, "paths": [p for _, p in own], "captions": captions, "strength": strength}
+                )
 
     def stage(
         self, name: str, key: str, label: str, status: str, seconds: float, uri: str, inputs: Sequence[tuple[str, str, str]]

@@ -48,12 +48,13 @@ class Gallery(TypedDict):
 
 
 class Images(TypedDict):
-    """Image files of the run's folder, as runs of earlier versions recorded them."""
+    """Image files of the run's folder at one strength; runs of earlier versions recorded all images so, without a strength."""
 
     kind: Literal["images"]
     key: str
     paths: list[str]
     captions: list[str]
+    strength: NotRequired[float]
     time: NotRequired[float]
 
 

@@ -64,11 +64,12 @@ class History:
         return 1
 
     def _line(self, event: Line) -> None:
-        if event["kind"] == "log" and event["axis"] not in self.axes:
-            self.axes.add(event["axis"])
+        axis = _axis_of(event)
+        if axis is not None and axis not in self.axes:
+            self.axes.add(axis)
             # W&B's own step counts all lines of the run, so each stage gets an axis with its own steps.
-            self.run.define_metric(event["axis"])
-            self.run.define_metric(event["axis"].rpartition("/")[0] + "/*", step_metric=event["axis"])
+            self.run.define_metric(axis)
+            self.run.define_metric(axis.rpartition("/")[0] + "/*", step_metric=axis)
         if self.seen == self.lost_after:
             # The lines of this process continue after those that the server has.
             self.number = self.held
@@ -99,7 +100,12 @@ class History:
             return {event["key"]: wandb.Table(columns=[*event["columns"], "image"], data=rows, allow_mixed_types=True)}
         if event["kind"] == "images":
             pairs = zip(event["paths"], event["captions"], strict=True)
-            return {event["key"]: [self._image(path, caption) for path, caption in pairs]}
+            images = [self._image(path, caption) for path, caption in pairs]
+            if "strength" not in event:
+                return {event["key"]: images}
+            # One key and one axis for all strengths: W&B's media panel then moves through them with a slider.
+            section = event["key"].rpartition("/")[0]
+            return {f"{section}/images": images, f"{section}/strength": event["strength"]}
         return event["data"]
 
     def _image(self, path: str, caption: str | None = None) -> wandb.Image:
@@ -119,6 +125,13 @@ class History:
         is_known = last is not None and step_of(event) <= last
         self.number -= is_known  # the caller counts the line, which must not get another step
         return is_known
+
+
+def _axis_of(event: Line) -> str | None:
+    """Return the axis of a line's values; None if they are on W&B's own axis."""
+    if event["kind"] == "log":
+        return event["axis"]
+    return f"{event['key'].rpartition('/')[0]}/strength" if event["kind"] == "images" and "strength" in event else None
 
 
 def _last(kinds: Sequence[str], kind: str) -> int:

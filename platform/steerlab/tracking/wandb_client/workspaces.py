@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from steerlab.guards import files
+from steerlab.tracking import BY_STRENGTH, IMAGES
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2.interface as wr
@@ -84,8 +85,11 @@ def panels(board: Board) -> dict[str, list[wr.PanelTypes]]:
             for number, curve in enumerate(board.curves)
         ],
         "Samples": [
-            wr.WeavePanelSummaryTable(table_name=key, layout=wr.Layout(y=8 * number, w=24, h=8))
-            for number, key in enumerate(board.media)
+            *(
+                wr.WeavePanelSummaryTable(table_name=key, layout=wr.Layout(y=8 * number, w=24, h=8))
+                for number, key in enumerate(board.media)
+            ),
+            *([_by_strength(8 * len(board.media))] if IMAGES in board.media else []),
         ],
     }
 
@@ -105,6 +109,14 @@ def _scatter(
     wr = _reports()
     log_y = metric in board.log or None
     return wr.ScatterPlot(title=title, x=x, y=wr.SummaryMetric(metric), log_x=log_x or None, log_y=log_y, layout=_place(number))
+
+
+def _by_strength(y: int) -> wr.MediaBrowser:
+    """Return a panel of the images of one strength at a time, which a slider chooses."""
+    wr = _reports()
+    key = f"{BY_STRENGTH}/images"
+    layout = wr.Layout(y=y, w=24, h=8)
+    return wr.MediaBrowser(title="Images by strength", media_keys=[key], mode="gallery", gallery_axis="step", layout=layout)
 
 
 def _axis_of(curve: str) -> str:
