@@ -104,6 +104,8 @@ WITHOUT_EFFECT = (
     (r"indent=", "how JSON is spaced, for people"),
     (r"progress|report\(", "what people are told while it runs"),
     (r"torch\.(no_grad|inference_mode)", "gradients that nobody asks for"),
+    (r"use_cache=", "keys and values that a single pass does not read again"),
+    (r"^[-+] *message = ", "the text of a message, before it is raised"),
 )
 """Pattern of a line that a mutant changed -> why no result can depend on it."""
 

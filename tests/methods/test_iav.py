@@ -60,6 +60,13 @@ def accuracy(module: torch.nn.Module, found: list[Batch]) -> float:
 
 
 @each_head
+def test_the_estimate_counts_what_trains(settings: dict[str, Any], tiny_model: PreTrainedModel) -> None:
+    trained = trained_parameters(module(tiny_model, **settings))
+    config = iav.Config.model_validate(settings)
+    assert iav.Iav.size(config, tiny_model).trained == sum(p.numel() for p in trained.values())
+
+
+@each_head
 def test_the_loss_at_the_start_is_log_2(settings: dict[str, Any], tiny_model: PreTrainedModel, encoder: Encoder) -> None:
     fresh = module(tiny_model, **settings)
     (batch,) = batches(encoder, 40)

@@ -18,9 +18,10 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Batch, collate
 from steerlab.methods import warp
 from steerlab.methods.contract import Inputs, language_modelling_loss
-from steerlab.methods.math import gradients, orthonormal
+from steerlab.methods.math import gradients, orthonormal, weight_space
 from steerlab.methods.math.masks import unpacked
 from steerlab.methods.math.selected_layers import numbers
+from steerlab.methods.preparations import Source
 from steerlab.methods.warp import Config, Warp
 from steerlab.stages import extraction_size
 from steerlab.storage.tensors import Parts
@@ -421,3 +422,8 @@ def test_random_bases_are_those_of_the_seed_and_the_inputs_name(tiny_model: PreT
     basis = Parts.open(before["basis"])
     for group, size in {place.input_of: place.shape[1] for place in warp.places(tiny_model, wanted)}.items():
         assert torch.equal(basis.tensor(f"{group}/vectors"), orthonormal.random_basis(size, wanted.seed, group))
+
+
+def test_the_record_of_a_random_basis_is_that_of_a_whole_one(tmp_path: Path) -> None:
+    source = Source({"seed": 3, "sizes": {"a": 5, "b": 7}}, {}, None)
+    assert weight_space.random_basis(source, "b", tmp_path / "b.bin") == {"rank": 7, "size": 7}

@@ -184,7 +184,7 @@ def test_a_connection_lost_on_the_way_loses_nothing(server: standin.Standin, tmp
     for step in range(2, 50):
         run.log({"step": step, "train/loss": 1.0})
     began_s = time.monotonic()
-    with pytest.warns(UserWarning, match="has not taken all of the run yet"):
+    with pytest.warns(UserWarning, match="has not received all of the run yet"):
         run.finish({}, exit_code=0, wait_s=0.5)
     assert time.monotonic() - began_s < 5
     server.fail_stream = None
