@@ -20,7 +20,7 @@ from steerlab.job import Selection
 from steerlab.methods import METHODS, ablation, fitted, iti, iti_heads, lineas, repe, trained
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.patches import ActivationPatch, CannotFold, taps
-from steerlab.patches.maps import LAYERS, AffineMap, LowRankMap
+from steerlab.patches.maps import LAYERS, AffineLayer, AffineMap, LowRankMap
 
 WRITERS = r"model[.]layers[.]\d+[.](self_attn[.]o_proj|mlp[.]down_proj)"
 
@@ -40,6 +40,16 @@ def test_a_map_of_low_rank_is_its_formula() -> None:
     naive = torch.stack([row + found.up_DR @ (found.down_RD @ row + found.bias_R) for row in z])
     torch.testing.assert_close(found(z), naive)
     assert found.width == 6 and LAYERS["low_rank"](6, rank=2)(z).equal(z), "it begins as no change"
+
+
+def test_a_bounded_layer_is_its_map() -> None:
+    layer = AffineLayer(3, bounded=True)
+    layer.load_state_dict(
+        {"scale": torch.full((3,), 2.0), "shift": torch.ones(3), "low": -torch.ones(3), "high": torch.ones(3)}
+    )
+    value = torch.tensor([[0.5, -2.0, 2.0], [1.5, 0.0, -1.0]])
+    expected = torch.tensor([[2.0, -2.0, 2.0], [1.5, 1.0, -1.0]])
+    assert torch.equal(layer.mapped(value), expected) and torch.equal(layer.fitted()(value), expected)
 
 
 def test_a_direction_is_removed_and_nothing_else() -> None:

@@ -18,12 +18,13 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Batch, collate
 from steerlab.methods import warp
 from steerlab.methods.contract import Inputs, language_modelling_loss
-from steerlab.methods.math import gradients, orthonormal, weight_space
+from steerlab.methods.math import gradients, orthonormal, rotation, weight_space, weight_space_plan
 from steerlab.methods.math.masks import unpacked
 from steerlab.methods.math.selected_layers import numbers
-from steerlab.methods.preparations import Source
+from steerlab.methods.preparations import Prepare, Source
 from steerlab.methods.warp import Config, Warp
-from steerlab.stages import extraction_size
+from steerlab.stages import JobType, extraction_size
+from steerlab.storage.plan import Estimate
 from steerlab.storage.tensors import Parts
 
 SAFETY = tiny.rows("refusals/train", 12)
@@ -422,6 +423,78 @@ def test_random_bases_are_those_of_the_seed_and_the_inputs_name(tiny_model: PreT
     basis = Parts.open(before["basis"])
     for group, size in {place.input_of: place.shape[1] for place in warp.places(tiny_model, wanted)}.items():
         assert torch.equal(basis.tensor(f"{group}/vectors"), orthonormal.random_basis(size, wanted.seed, group))
+
+
+class Declared(Prepare):
+    """Keeps the declarations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[str, Any] = {}
+
+    def make(self, preparation: Any) -> None:
+        self.made[getattr(preparation, "name", "moments")] = preparation
+
+
+def test_stages_declare_what_they_need(tiny_model: PreTrainedModel) -> None:
+    """Versions and limits are part of the keys of artifacts; memory and disk are refused before the start."""
+
+    def of(**settings: Any) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+        wanted, found = config(rows_per_shard=10, **settings), Declared()
+        warp.prepares(wanted, tiny_model, found)
+        return found.made, [place.shape for place in warp.places(tiny_model, wanted)]
+
+    made, shapes = of()
+    sizes = [rows * columns for rows, columns in shapes]
+    widths = {place.input_of: place.shape[1] for place in warp.places(tiny_model, config())}.values()
+    assert {name: one.version for name, one in made.items() if name != "moments"} == dict.fromkeys(made.keys() - {"moments"}, 1)
+    assert made["basis"].estimate == Estimate(max(widths) ** 2 * 32, sum(width**2 for width in widths) * 4)
+    # Whole batches: of 10 rows a shard, batches of 4 leave 8.
+    limits = {name: made["importance"].params[name] for name in ("rows_per_batch", "rows_per_shard", "max_tokens")}
+    assert limits == {"rows_per_batch": 4, "rows_per_shard": 8, "max_tokens": config().max_tokens}
+    assert made["importance"].estimate == Estimate(4 * sum(sizes), 4 * sum(sizes), work_bytes=4 * sum(sizes))
+    assert made["mask"].estimate == Estimate(24 * max(sizes), sum(-(-size // 8) for size in sizes))
+    made, _ = of(rotation="random", mask="magnitude")
+    assert (made["basis"].version, made["importance"].version) == (1, 1) and "moments" not in made
+    assert made["importance"].estimate == Estimate(4 * max(sizes), 4 * sum(sizes))
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs"),
+    [
+        ({"mask": "importance", "rotation": "none"}, True),
+        ({"mask": "random", "rotation": "safety"}, True),
+        ({"mask": "magnitude", "rotation": "safety"}, True),
+        ({"mask": "random", "rotation": "random"}, False),
+        ({"mask": "magnitude", "rotation": "none"}, False),
+    ],
+)
+def test_safety_rows_are_asked_for_where_a_mask_or_a_basis_is_made_of_them(settings: dict[str, Any], needs: bool) -> None:
+    tree = {
+        "name": "w", "model": {"source": "tiny:model"}, "train": {"steps": 1}, "evaluate": [],
+        "data": {"train": {"source": "tiny:arithmetic/train"}}, "method": {"name": "warp", "target_layers": [0], **settings},
+    }  # fmt: skip
+    job = JobType.model_validate(tree)
+    if needs:
+        with pytest.raises(ValueError, match=r"data\.safety: method warp needs these rows"):
+            weight_space_plan.check_rows(config(**settings), job)
+    else:
+        weight_space_plan.check_rows(config(**settings), job)
+
+
+def test_inputs_are_rotated_only_in_a_step_of_one_pass() -> None:
+    """In a step of several passes the matrix is computed once, for all of them, and the summed gradient is rotated once."""
+    shared = rotation.SharedInput(orthonormal.random_basis(6, 0, "x"), num_outputs=100)
+    layer = rotation.RotatedLayer(nn.Linear(6, 4), torch.zeros(4, 6, dtype=torch.bool), shared)
+    x = torch.zeros(3, 6)
+    found = []
+    for passes in (1, 3):
+        layer.start_step()
+        for number in range(passes):
+            layer.start_pass(number == passes - 1)
+            found.append(layer._takes_rotated(x))
+    assert found == [True, False, False, False]
+    assert not layer._takes_rotated(torch.zeros(100, 6)), "as many tokens as outputs"
 
 
 def test_the_record_of_a_random_basis_is_that_of_a_whole_one(tmp_path: Path) -> None:

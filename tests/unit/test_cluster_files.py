@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -400,3 +401,17 @@ def test_what_slurm_is_asked_for() -> None:
 def test_files_that_are_named_exist(path: Path) -> None:
     for name in re.findall(r"(?:jobs|search_spaces|cluster)/[\w/]+\.(?:ya?ml|py|sh|txt|sbatch)", path.read_text()):
         assert (CLUSTER.parent / name).exists(), name
+
+
+EXTRAS = tomllib.loads((CLUSTER.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_every_extra_can_be_installed_with_the_pinned_versions(extra: str) -> None:
+    """pip resolves it without installing anything; a pin that no version of the extra's packages allows ends here."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "-q", "-c", "cluster/constraints.txt", "-e", f".[{extra}]"]
+    done = subprocess.run(command, cwd=CLUSTER.parent, capture_output=True, text=True, timeout=600)
+    if "Could not fetch" in done.stderr or "No matching distribution" in done.stderr:
+        pytest.skip("no package index can be reached")
+    assert done.returncode == 0, done.stderr[-2000:]
