@@ -390,7 +390,9 @@ def test_predictions_stand_before_the_trials_with_their_verdict(store: Store, tm
         lines[2].statement.startswith("separation/sep does not change as") and lines[2].values == f"0.25 → {predictions.DASH}"
     )
     assert lines[3].statement == "separation/sep rises over method.alpha" and lines[3].values == predictions.DASH
-    assert lines[5].statement == "separation/sep changes by less than 0.1 as method.alpha goes from 0 to 1"
+    assert lines[5].statement == (
+        "separation/sep does not change (less than 0.1 counts as none) as method.alpha goes from 0 to 1"
+    )
     assert lines[4].statement == "separation/sep rises as method.alpha goes from mean to pixel"
     report.write([], tmp_path / "page.html", [sweep])
     page = (tmp_path / "page.html").read_text()

@@ -38,7 +38,7 @@ def _line(sweep: Sweep, outcome: Document) -> Line:
     ends = [shown(end) for end in outcome.get("ends") or ()]
     unit = measure_in(sweep.runs, outcome["metric"]).unit
     margin = outcome.get("margin")
-    flat = "does not change" if margin is None else f"changes by less than {margin:.2g}"
+    flat = "does not change" if margin is None else f"does not change (less than {margin:.2g} counts as none)"
     change = flat if outcome["expected"] == "flat" else outcome["expected"]
     over = f" as {outcome['over']} goes from {ends[0]} to {ends[1]}" if len(ends) == 2 else f" over {outcome['over']}"
     return Line(

@@ -21,8 +21,8 @@ from steerlab.steered.batching import Size
 from steerlab.steered.continuing import Step, continue_prompts
 from steerlab.steered.language import SteeredModel
 from steerlab.steered.prefilled import Decoding
+from steerlab.steered.prompt_queue import Capacity, Waiting
 from steerlab.steered.sampling import Sampling, uniforms
-from steerlab.steered.waiting import Capacity, Waiting
 
 MOST_ROWS = 32
 """Largest number of rows of a batch."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from steerlab import models
 from steerlab.inputs.tokens import Row
 from steerlab.patches import SavedPatch
-from steerlab.steered.waiting import Key, Waiting
+from steerlab.steered.prompt_queue import Key, Waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from steerlab.steered.prefilled import Decoding
+from steerlab.steered.prompt_queue import Capacity, Key, Queue, Waiting
 from steerlab.steered.sampling import Sampling, choose
-from steerlab.steered.waiting import Capacity, Key, Queue, Waiting
 
 _WORTH_MOVING = 8
 """Rows leave when more than an eighth of the batch has ended, and prompts enter when more than an eighth of the places is free.

@@ -28,9 +28,9 @@ from steerlab.steered.continuing import continue_prompts
 from steerlab.steered.generated_text import Ends, Generation
 from steerlab.steered.model import Asked, Shown, Steered
 from steerlab.steered.prefilled import Decoding
+from steerlab.steered.prompt_queue import Capacity, Key, Listed, Waiting
 from steerlab.steered.sampling import Sampling, uniforms
 from steerlab.steered.token_scores import TokenLogProbs
-from steerlab.steered.waiting import Capacity, Key, Listed, Waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

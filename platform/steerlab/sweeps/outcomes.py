@@ -42,8 +42,8 @@ class Outcome(TypedDict):
     """Upper end."""
     held: bool | None
     """True when the interval lies on the predicted side of 0, False when it lies on the other side. For `flat`: True when it
-    contains 0 and lies within the margin on both sides, False when it does not contain 0. None when nothing was shown: the
-    interval contains 0 (for `flat`: and exceeds the margin), or there is none."""
+    lies within the margin on both sides, False when it exceeds the margin and does not contain 0. None when nothing was shown:
+    the interval contains 0 (for `flat`: and exceeds the margin), or there is none."""
 
 
 def keeps(trial: results.Scored, bound: Bound) -> bool:
@@ -169,9 +169,10 @@ def _held(expected: Expected, difference: Difference, margin: float | None) -> b
     low, high = difference.low, difference.high
     includes_zero = low <= 0 <= high
     if expected == "flat":
+        if margin is not None and -margin <= low and high <= margin:
+            return True
         # An interval that contains 0 and is wide shows only that the sweep measured too little to tell.
-        is_small = margin is not None and -margin <= low and high <= margin
-        return (True if is_small else None) if includes_zero else False
+        return None if includes_zero else False
     if includes_zero:
         return None
     return (low > 0) == (expected == "rises")

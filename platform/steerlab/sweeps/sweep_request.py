@@ -11,7 +11,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from steerlab import run
 from steerlab.guards import private_parts
 from steerlab.guards.json_values import Json, JsonObject
-from steerlab.job import JobError, own_code
+from steerlab.job import SEED_LIMIT, JobError, own_code
 from steerlab.run import capacity, length
 from steerlab.stages import Plan
 from steerlab.stages.spread import reserved
@@ -94,7 +94,7 @@ def checked(sweep_plan: SweepPlan, num_samples: int | None, num_seeds: int, say:
     Raises:
         ValueError: a value of the space, or a job that it makes, is invalid; the message names it.
     """
-    seeds = trials.seeds_of(sweep_plan, num_seeds)
+    seeds = seeds_of(sweep_plan, num_seeds)
     entries = sweep_plan.space.entries
     drawn = any(not is_grid(entry) and finite(entry) != [entry] for entry in entries.values())
     samples = num_samples or (_DEFAULT_SAMPLES if drawn else 1)
@@ -110,6 +110,31 @@ def checked(sweep_plan: SweepPlan, num_samples: int | None, num_seeds: int, say:
     if sweep_plan.space.scheduler is not None:
         _aim(sweep_plan, sweep_plan.space.scheduler)
     return SweepRequest(sweep_plan, samples, seeds, units)
+
+
+def seeds_of(sweep_plan: SweepPlan, num_seeds: int) -> tuple[int, ...]:
+    """Return `num_seeds` consecutive seeds, the first of which is the job's training seed, or 0 if the job trains nothing.
+
+    Raises:
+        JobError: several seeds that would change nothing, more seeds than SEEDS has entries, a space that sets the training
+            seed, or a seed beyond the largest one.
+    """
+    known = len(sweep_plan.space.seeds)
+    if known and num_seeds > known:
+        raise JobError(f"--seeds {num_seeds}: SEEDS in {sweep_plan.space.path} has {known} entries, one for each seed")
+    if sweep_plan.job.train is None and num_seeds > 1 and not known:
+        raise JobError(
+            f"--seeds {num_seeds}: the job trains nothing, so a training seed has no effect; SEEDS in the space can set other "
+            'data for each seed: [{"data.source.shuffle": 0}, {"data.source.shuffle": 1}]'
+        )
+    if num_seeds > 1 and any(key.strip() == "train.seed" for entry in sweep_plan.space.entries for key in entry.split(",")):
+        raise JobError(f"--seeds {num_seeds}: SPACE sets train.seed itself")
+    first = sweep_plan.first_seed
+    if first + num_seeds > SEED_LIMIT:
+        raise JobError(
+            f"--seeds {num_seeds}: the seeds begin with train.seed {first} and exceed {SEED_LIMIT - 1}, the largest seed"
+        )
+    return tuple(first + number for number in range(num_seeds))
 
 
 def _check_number(sweep_plan: SweepPlan, samples: int, num_seeds: int) -> None:

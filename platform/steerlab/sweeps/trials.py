@@ -14,7 +14,7 @@ from steerlab import run
 from steerlab.evaluation.measured import measure_of, unmeasured
 from steerlab.evaluation.statistics.measures import LOSSES, Measure
 from steerlab.guards.json_values import JsonObject
-from steerlab.job import SEED_LIMIT, Job, JobError, cut
+from steerlab.job import Job, JobError, cut
 from steerlab.stages import JobType, Plan
 from steerlab.sweeps import space_rules
 from steerlab.sweeps.space import STRENGTH, Point, Space, strength_of
@@ -277,28 +277,3 @@ def check(sweep_plan: SweepPlan, units: Sequence[Unit], say: Say = lambda line: 
             raise JobError(f"{sweep_plan.space.path}: SEEDS[{number}]: {error}") from None
     for unit in counted(units, "checking the jobs", say):
         sweep_plan.job_of(unit.shared, unit.seeds[0], unit.strengths)
-
-
-def seeds_of(sweep_plan: SweepPlan, num_seeds: int) -> tuple[int, ...]:
-    """Return `num_seeds` consecutive seeds, the first of which is the job's training seed, or 0 if the job trains nothing.
-
-    Raises:
-        JobError: several seeds that would change nothing, more seeds than SEEDS has entries, a space that sets the training
-            seed, or a seed beyond the largest one.
-    """
-    known = len(sweep_plan.space.seeds)
-    if known and num_seeds > known:
-        raise JobError(f"--seeds {num_seeds}: SEEDS in {sweep_plan.space.path} has {known} entries, one for each seed")
-    if sweep_plan.job.train is None and num_seeds > 1 and not known:
-        raise JobError(
-            f"--seeds {num_seeds}: the job trains nothing, so a training seed has no effect; SEEDS in the space can set other "
-            'data for each seed: [{"data.source.shuffle": 0}, {"data.source.shuffle": 1}]'
-        )
-    if num_seeds > 1 and any(key.strip() == "train.seed" for entry in sweep_plan.space.entries for key in entry.split(",")):
-        raise JobError(f"--seeds {num_seeds}: SPACE sets train.seed itself")
-    first = sweep_plan.first_seed
-    if first + num_seeds > SEED_LIMIT:
-        raise JobError(
-            f"--seeds {num_seeds}: the seeds begin with train.seed {first} and exceed {SEED_LIMIT - 1}, the largest seed"
-        )
-    return tuple(first + number for number in range(num_seeds))
