@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from safetensors.torch import load_file
 
 from steerlab.data import sources
 from steerlab.guards import files
-from steerlab.storage import bases, claims, exclusive, plan
+from steerlab.job import ScaleConfig
+from steerlab.storage import bases, claims, copies, exclusive, manifests, plan
 from steerlab.storage.plan import ModelRef
-from steerlab.storage.store import Store
+from steerlab.storage.store import Store, StoreError
 from steerlab.storage.tensors import Parts, write
+from steerlab.storage.whole import size_and_sha256
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -158,3 +161,43 @@ def test_each_scheme_is_opened_with_what_its_uri_says(
     ((name, given),) = asked
     assert given.pop("read_timeout", 10.0) == exclusive._READ_S
     assert (name, given) == (kind, options)
+
+
+def test_a_manifest_without_the_fast_sum_is_compared_by_its_sha256(tmp_path: Path) -> None:
+    """Manifests of schema 1 have no XXH3 sums."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"content")
+    file: Any = {"path": "a.bin", **size_and_sha256(path)}
+    manifests.check_sum(tmp_path, path, file)
+    path.write_bytes(b"Content")
+    with pytest.raises(StoreError, match=r"a\.bin has changed since it was written"):
+        manifests.check_sum(tmp_path, path, file)
+
+
+def test_a_file_that_was_verified_before_does_not_end_the_check_of_the_others(tmp_path: Path) -> None:
+    listed: list[Any] = []
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / name).write_bytes(b"content")
+        listed.append({"path": name, **size_and_sha256(tmp_path / name)})
+    manifests.verify(tmp_path, {"files": listed})  # type: ignore[typeddict-item]
+    (tmp_path / "b.bin").write_bytes(b"Content")
+    with pytest.raises(StoreError, match=r"b\.bin has changed"):
+        manifests.verify(tmp_path, {"files": listed})  # type: ignore[typeddict-item]
+
+
+def test_the_copies_used_longest_ago_lose_their_protection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "_MOST_PINS", 2)
+    monkeypatch.setattr(copies, "_pins", OrderedDict())
+    for name in ("a", "b", "a", "c"):
+        copies.pin(tmp_path / name)
+    assert [path.name for path in copies._pins] == ["a", "c"]
+
+
+def test_the_status_of_a_stage_that_is_there(store: Store, tmp_path: Path) -> None:
+    def make(work: plan.Work) -> None:
+        (work.directory / "a.txt").write_text("a")
+
+    stage = plan.Stage("make", 1, {"x": 1}, make)
+    assert [record.status for record in plan.status([stage], store)] == ["to run"]
+    plan.run([stage], store, ScaleConfig(), plan.Listener(), [])
+    assert [record.status for record in plan.status([stage], store)] == ["cached"]
