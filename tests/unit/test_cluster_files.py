@@ -412,6 +412,6 @@ def test_every_extra_can_be_installed_with_the_pinned_versions(extra: str) -> No
     """pip resolves it without installing anything; a pin that no version of the extra's packages allows ends here."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "-q", "-c", "cluster/constraints.txt", "-e", f".[{extra}]"]
     done = subprocess.run(command, cwd=CLUSTER.parent, capture_output=True, text=True, timeout=600)
-    if "Could not fetch" in done.stderr or "No matching distribution" in done.stderr:
+    if "Could not fetch" in done.stderr or "Failed to establish" in done.stderr or "(from versions: none)" in done.stderr:
         pytest.skip("no package index can be reached")
     assert done.returncode == 0, done.stderr[-2000:]

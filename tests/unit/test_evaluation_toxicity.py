@@ -99,7 +99,7 @@ def test_completions_that_cannot_be_scored_are_counted(monkeypatch: pytest.Monke
     written = [Written(item, 1.0, "p", text) for item, text in texts]
     found = toxicity.scorer(toxicity.Config(completions=2), "cpu")(written)
     values = [[o.value if o.value is not None else o.reason for o in own if o.metric == "toxicity/unscored"] for own in found]
-    assert values == [[0.0], [1.0], [1.0], [1.0], [TOO_LONG]]
+    assert values == [[0.0], [1.0], [1.0], [1.0], [1.0]]
     single = toxicity.scorer(toxicity.Config(), "cpu")(written)
     assert not [o for own in single for o in own if o.metric.endswith("unscored")], "the number of items tells it there"
 

@@ -30,6 +30,8 @@ from steerlab.patches import EmbeddingPatch
 from steerlab.serving import server
 from steerlab.serving.batches import Batches
 from steerlab.serving.replies import Text
+from steerlab.steered import batching
+from steerlab.steered.batching import Size
 from steerlab.steered.language import SteeredModel
 from steerlab.steered.prefilled import Decoding
 from steerlab.steered.stacks import load
@@ -285,6 +287,20 @@ def test_later_requests_do_not_overtake_one_that_cannot_join(base: Path, monkeyp
         assert order == [0.5, 1.0, 1.0]
     finally:
         running.close()
+
+
+def test_what_is_read_at_once_is_limited_and_what_runs_is_not(aside: SteeredModel) -> None:
+    """A row that may become long does not keep others out; prompts are read together as far as 4,096 tokens allow."""
+
+    def joining(running: list[Size], waiting: list[Size], limit: int = 32) -> list[int]:
+        return batching.joining(aside.model, None, running, waiting, limit, 4096)
+
+    long, short = Size(500, 2000, 1.0), Size(20, 1, 1.0)
+    assert joining([long] * 3, [short]) == [0] and joining([long] * 32, [short]) == []
+    assert joining([], [long, short]) == [0]
+    assert joining([short], [Size(1500, 10, 1.0)] * 3) == [0, 1], "three would be 4,530 tokens"
+    assert joining([short], [Size(5000, 10, 1.0), short]) == [0], "one that is too long for a batch is read alone"
+    assert joining([], [Size(5000, 10, 1.0)]) == [0]
 
 
 def test_a_stream_is_the_same_text(client: openai.OpenAI) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from steerlab.evaluation.statistics import stored
-from steerlab.evaluation.statistics.measures import Measure
+from steerlab.evaluation.statistics.measures import Measure, likeness
 from steerlab.evaluation.statistics.measures import share as share_of
 from steerlab.evaluation.statistics.metrics import Observation
 from steerlab.job import JobError
@@ -195,10 +195,13 @@ def test_seeds_that_change_nothing_are_told() -> None:
 
     same = rows(("a", 0.25), ("a", 0.25), ("b", 0.75), ("b", 0.75 + 1e-7))
     (warning,) = results.warnings_of(same)
-    assert warning.startswith("the 2 seeds gave the same numbers in every trial")
+    assert warning.startswith("no metric of any trial differs between its 2 seeds")
     assert results.warnings_of(rows(("a", 0.25), ("a", 0.25), ("b", 0.75), ("b", 0.76))) == [], "one trial differs"
     assert results.warnings_of(rows(("a", 0.25), ("b", 0.25))) == [], "one seed each"
     assert results.warnings_of([]) == []
+    assert results.warnings_of([*same, *rows(("c", 0.5))]) == [], "a trial has one seed so far"
+    assert results.warnings_of(rows(("a", 0.0), ("a", 1e-12))), "a number that is 0 but for rounding"
+    assert results.warnings_of([{"trial_id": "a", "status": "finished", "seed": seed} for seed in (0, 1)]) == []
     del same[1]["metric.u/use"]
     assert results.warnings_of(same) == [], "a metric is missing with one seed"
     failed = rows(("a", 0.25), ("a", 0.25))
@@ -278,9 +281,12 @@ def test_flat_needs_an_interval_that_is_narrow(store: Store, spread: float, more
 
     bounded = outcome("flat", share_of("solved", "higher"), **more)
     assert bounded["held"] is verdict and bounded["margin"] == more.get("margin", 0.1)
-    # A metric without a range: a tenth of the first value, 0.05.
+    # Other metrics, with and without a range: a tenth of the first value, 0.05; without one nothing can be said.
     free = outcome("flat", Measure("solved", None), **more)
     assert free["margin"] == more.get("margin", pytest.approx(0.05))
+    assert outcome("flat", likeness("solved"), **more)["margin"] == free["margin"]
+    at_zero = [{**one, "metric.m/solved": one["metric.m/solved"] - 0.5} for one in rows]
+    assert outcomes.outcomes([prediction("flat")], at_zero, store, lambda name: None)[0]["margin"] is None
     assert outcome("flat", None, **more)["margin"] == free["margin"]
     assert outcome("rises", share_of("solved", "higher"))["margin"] is None
     # A difference of 0.005 that can be told from 0 is smaller than what counts as none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -254,6 +255,30 @@ def test_each_seed_sets_what_the_space_says_of_it_and_a_closed_form_can_be_repea
     assert request.described()["seed_settings"][1] == {"data.source.shuffle": 8, "data.target.shuffle": 8}  # type: ignore[index]
 
 
+def test_a_seed_that_makes_the_job_of_another_is_refused() -> None:
+    """The development tasks, which choose the trial, replace the job's own, so that a change of those is none."""
+    text = TEXTS + "SEEDS = [{'evaluate.0.limit': 1}, {'evaluate.0.limit': 2}]\n"
+    path = Path(tempfile.mkdtemp()) / "space.py"
+    path.write_text("from ray import tune\n" + text)
+    with pytest.raises(JobError, match=r"space.py: SEEDS\[1\] makes the same job as SEEDS\[0\]"):
+        sweep_request.checked(trials.plan(ROOT / "jobs/tiny/act.yaml", (), spaces.load(path)), None, 2)
+
+
+def test_only_seeds_that_run_are_part_of_a_sweep(job: Path) -> None:
+    """More entries, or nested ones, change nothing about the sweep of the first two."""
+    seeds = "SEEDS = [{'data': {'train': {'source': 'tiny:instructions/train', 'shuffle': n}}} for n in range(%d)]\n"
+    two, three = (ask(job, GRID + GOOD + seeds % number, seeds=2) for number in (2, 3))
+    assert two.described() == three.described()
+    flat = "SEEDS = [{'method': {'angle_rad': 0.5, 'learned': True}}, {'method.angle_rad, method.learned': (0.25, True)}]\n"
+    asked = ask(job, GRID + GOOD + flat, seeds=2)
+    made: Any = [asked.plan.job_of(unit.shared, unit.seeds[0], ()) for unit in asked.units]
+    assert [(one.method.angle_rad, one.method.learned, one.method.name) for one in made] == [
+        (0.5, True, "aside"), (0.25, True, "aside"),
+    ]  # fmt: skip
+    with pytest.raises(JobError, match="SEEDS has 2 entries, none of them for the seed 5"):
+        asked.plan.job_of({}, 5, ())
+
+
 def test_seeds_count_from_the_training_seed_of_the_job(job: Path) -> None:
     text = GRID + GOOD + "SEEDS = [{'train.lr': 1e-3}, {'train.lr': 1e-2}]\n".replace("train.lr", "method.angle_rad")
     asked = ask(job, text, seeds=2, overrides=("train.seed=7",))
@@ -266,13 +291,22 @@ def test_seeds_count_from_the_training_seed_of_the_job(job: Path) -> None:
     [
         ("{'data.train.shuffle': 1}", "SEEDS is a list of dicts"),
         ("[3]", "SEEDS is a list of dicts"),
-        ("[{3: 1}]", r"SEEDS\[0\]: a key is the path of a field, not 3"),
-        ("[{'train.lr': 1}]", r"SEEDS\[0\] sets train.lr, but SPACE sets it as well"),
-        ("[{}, {'train.seed': 1}]", r"SEEDS\[1\] sets train.seed, but --seeds sets it"),
+        ("[{3: 1}]", r"SEEDS\[0\]\[3\]: a key is the path of a field"),
+        ("[{'train.lr': 1}]", r"SEEDS\[0\] sets train.lr, but SPACE sets train.lr as well"),
+        ("[{'train': {'lr': 1}}]", r"SEEDS\[0\] sets train.lr, but SPACE sets train.lr as well"),
+        ("[{'train.lr.x': 1}]", r"SEEDS\[0\] sets train.lr.x, but SPACE sets train.lr as well"),
+        ("[{}, {'train.seed': 1}]", r"SEEDS\[1\] sets train.seed, but --seeds sets train.seed as well"),
+        ("[{}, {'train.seed ': 1}]", r"SEEDS\[1\] sets train.seed, but --seeds sets train.seed as well"),
+        ("[{'train.\"seed\"': 1}]", r"but --seeds sets train.seed as well"),
+        ("[{'train': {'steps': 3, 'seed': 7}}]", r"but --seeds sets train.seed as well"),
+        ("[{'strength': 0.5}]", r"SEEDS\[0\] sets strength, which distinguishes trials, not seeds"),
+        ("[{'data.train.shuffle': tune.choice([1, 2])}]", r"SEEDS\[0\]\['data.train.shuffle'\] is a domain"),
+        ("[{'data.train.shuffle, data.train.limit': (1, 2, 3)}]", r"sets 2 fields, so \[1, 2, 3\] must be 2 values"),
+        ("[{'method.seeed': 1}]", r"space.py: SEEDS\[0\]: method.*seeed"),
         ("[{'data.train.shuffle': 1}, {'data.train.shuffle': 1}]", r"SEEDS\[1\] is equal to SEEDS\[0\]"),
         ("[{}, {'data.train.shufle': 1}]", r"space.py: SEEDS\[1\]: .*shufle"),
         ("[{'data.train.shuffle': {1, 2}}]", r"SEEDS\[0\]\['data.train.shuffle'\]: .*a value of type set"),
-        ("[{'dato.train.shuffle': 1}]", r"space.py: SEEDS\[0\].*dato"),
+        ("[{'dato.train.shuffle': 1}]", r"space.py: SEEDS\[0\]\['dato.train.shuffle'\]: unknown key; did you mean"),
     ],
 )
 def test_wrong_settings_of_seeds_are_refused(job: Path, seeds: str, message: str) -> None:

@@ -37,7 +37,9 @@ def sweep(
     job: JobArgument,
     space: Annotated[Path, typer.Argument(help="Search space (Python): SPACE, METRIC, MODE.")],
     samples: Annotated[int | None, typer.Option(min=1, help="Points to draw, or how often each grid is repeated.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Training seeds of every trial.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Seeds of every trial: of its training, and of what SEEDS in the space sets.")
+    ] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest sweep of this job over this space.")] = False,
     continue_: Annotated[
         bool, typer.Option("--continue", help="Like --resume if an unfinished sweep exists, otherwise begin a new one.")

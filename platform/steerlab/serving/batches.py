@@ -1,8 +1,9 @@
 """The queue of requests, and the thread that continues them together.
 
-A request joins the batch that runs, as far as the model allows, and leaves it at its end (steered/continuing.py): nobody waits
-for the longest answer. The thread only runs the model: the server's own thread tokenises texts and decodes tokens, since a
-tokenizer serves one thread at a time.
+A request joins the batch that runs and leaves it at its end (steered/continuing.py), so that a short answer does not wait
+for a long one. A request that cannot join (the batch is full, or a patch of weights has another strength) waits until there
+is room, and later ones wait behind it. The thread only runs the model: the server's own thread tokenises texts and decodes
+tokens, since a tokenizer serves one thread at a time.
 """
 
 from __future__ import annotations
@@ -158,9 +159,6 @@ class Batches:
         """Remove and return the waiting rows that can join a batch, which then has at most `limit` rows."""
         waiting = [(row, ticket) for row, ticket in self._waiting if not row.cancelled]
         chosen = self._model.joining(running, [row.size for row, _ in waiting], limit) if waiting else []
-        if running:
-            # If the oldest row cannot join, none does: otherwise it could wait for ever, while later ones join.
-            chosen = [number for place, number in enumerate(chosen) if number == place]
         taken = {waiting[number][0] for number in chosen}
         self._waiting = deque((row, ticket) for row, ticket in waiting if row not in taken)
         self._running |= {row: ticket for row, ticket in waiting if row in taken}

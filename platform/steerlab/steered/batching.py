@@ -98,27 +98,32 @@ def joining(
 ) -> list[int]:
     """Return the numbers of the waiting rows that can be continued in one batch with the running ones.
 
+    None overtakes a row that cannot join a running batch.
+
     Args:
         model: The model.
         newest: Its newest patch; None if it has none.
         running: Rows of the batch; empty for a batch that begins with the first waiting row.
         waiting: The other rows.
         limit: Maximum number of rows of the batch.
-        batch_tokens: Maximum number of tokens of the batch, with padding and the tokens that may be generated.
+        batch_tokens: Maximum number of tokens of the rows that are read at once, with padding and the tokens that may be
+            generated.
     """
     together = _padded_up_to(model)
-    inside = [*running] or [waiting[0]]
     chosen = [] if running else [0]
     for number in range(len(chosen), len(waiting)):
         row = waiting[number]
-        among = [*inside, row]
+        read = [*(waiting[i] for i in chosen), row]  # in one call of the model
+        among = [*running, *read]
+        longest = max(one.num_tokens for one in read) + max(one.max_new_tokens for one in read)
+        fits = len(among) <= limit and (len(read) == 1 or len(read) * longest <= batch_tokens)
         longest = max(one.num_tokens for one in among) + max(one.max_new_tokens for one in among)
-        fits = len(among) <= limit and len(among) * longest <= batch_tokens
         # Rows that cannot be padded share a batch from its beginning, with prompts of one length.
-        alike = longest <= together or (not running and row.num_tokens == inside[0].num_tokens)
-        if fits and alike and _shared(newest, row.strength) == _shared(newest, inside[0].strength):
+        alike = longest <= together or (not running and len({one.num_tokens for one in among}) == 1)
+        if fits and alike and _shared(newest, row.strength) == _shared(newest, among[0].strength):
             chosen.append(number)
-            inside = among
+        elif running:
+            break  # otherwise the row could wait for ever, while later ones join
     return chosen
 
 

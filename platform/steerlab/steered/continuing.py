@@ -4,7 +4,8 @@ A decoding step costs nearly as much for one row as for many, and the texts of a
 as many rows as the memory for keys and values allows, and new prompts enter when enough rows have left. The n-th token of a row
 is drawn with the row's own n-th random number, so other rows of the batch affect its text only by rounding.
 
-The CPU waits for the GPU once in each decoding step, for the chosen tokens (`sampling.choose`). Code of transformers makes it
+The CPU waits for the GPU once in each decoding step, for the chosen tokens (`sampling.choose`), and once more for each further
+way of sampling among the rows. Code of transformers makes it
 wait once more, to look for padding in the attention mask; a patch that runs a model of its own adds another such wait. If a
 model's cache cannot be split into rows, all rows stay in the batch until the last one has ended.
 
@@ -176,7 +177,7 @@ def continue_prompts(
         watch: Called after every step with the rows that had not ended before.
     """
     running: _Running[Key] | None = None
-    num_rows = 0
+    num_rows = new = 0
     while True:
         if running is None:
             if not (rows := queue.first()):
@@ -193,8 +194,12 @@ def continue_prompts(
         while (num_free := num_rows - len(running.rows)) > num_rows // _WORTH_MOVING:
             if not (rows := queue.more(running.rows, num_free)):
                 break
-            if (decoding := prefill(rows)) is not None:
-                running.join(_Running(decoding, rows))
+            if (decoding := prefill(rows)) is None:
+                continue
+            running.join(_Running(decoding, rows))
+            if (longest := max(row.max_new_tokens for row in rows)) > new:
+                # Longer rows than those by which the number was computed take more memory each.
+                new, num_rows = longest, capacity.num_rows(running.decoding, longest)
         token_B, tokens = running.choose()
         active = [number for number, ended in enumerate(running.ended) if not ended]
         for number in active:

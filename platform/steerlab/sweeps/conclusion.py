@@ -82,7 +82,7 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
         if plan.development:
             summary["development"] = results.metrics_of_rows(best.rows, plan.measure)
         # best.yaml is written for an interrupted sweep too, since users often want the best trial so far.
-        job_files.write(sweep.store, f"{sweep.folder}/best.yaml", plan.best_job(best.params, None))
+        job_files.write(sweep.store, f"{sweep.folder}/best.yaml", plan.best_job(best.params, sweep.request.seeds[0]))
     if best is not None and not interrupted:
         follows = "; now its own tasks run" if plan.development else ""
         sweep.say(f"best: trial {best.trial_id}, {plan.metric} {best.value:.4g}{follows}")

@@ -153,7 +153,7 @@ def _to_resume(request: SweepRequest, store: Store) -> str:
     if folder is None:
         raise ValueError(
             f"--resume: {store.where('sweeps', request.plan.job.name)} has no sweep of this job over this space "
-            "(same files, --set, --samples, --seeds)"
+            "(same files, SPACE, SEEDS, --set, --samples, --seeds)"
         )
     return folder
 

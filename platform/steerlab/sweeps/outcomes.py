@@ -17,7 +17,7 @@ from steerlab.sweeps.trials import SweepPlan
 from steerlab.sweeps.units import TrialRow
 
 _FLAT = 0.1
-"""Share of a metric's range, or of its first value, that still counts as no difference."""
+"""Difference of shares, or part of another metric's first value, that still counts as no difference."""
 
 
 class Outcome(TypedDict):
@@ -160,9 +160,10 @@ def _margin(prediction: Prediction, values: Sequence[float | None], measure: Mea
     """Return the largest difference that counts as none; None for a prediction other than `flat`, and without a scale."""
     if prediction.expected != "flat" or prediction.margin is not None:
         return prediction.margin
-    if measure is not None and measure.width is not None:
-        return _FLAT * measure.width
-    return None if not values or values[0] is None else _FLAT * abs(values[0])
+    if measure is not None and measure.is_share:
+        return _FLAT
+    # A tenth of the range would be far too much for a cosine, whose values are close to each other.
+    return _FLAT * abs(values[0]) if values and values[0] else None
 
 
 def _held(expected: Expected, difference: Difference, margin: float | None) -> bool | None:

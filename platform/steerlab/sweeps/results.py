@@ -232,18 +232,19 @@ def warnings_of(rows: Sequence[TrialRow]) -> list[str]:
     """Return what a reader of a sweep's numbers has to know; empty if there is nothing to say.
 
     A seed without effect, as in a training whose every step takes all rows, repeats one trial: then the intervals over seeds
-    have no width, and say nothing about how certain a number is.
+    have no width, and say nothing about how certain a number is. Two trainings may also differ in nothing that was measured.
     """
     trials: dict[str, list[TrialRow]] = {}
     for row in rows:
         if row["status"] == "finished":
             trials.setdefault(text_of(row, "trial_id"), []).append(row)
-    repeated = [own for own in trials.values() if len(own) > 1]
-    if not repeated or not all(_are_equal(own[0], other) for own in repeated for other in own[1:]):
+    if not trials or min(len(own) for own in trials.values()) < 2:
+        return []
+    if not all(_are_equal(own[0], other) for own in trials.values() for other in own[1:]):
         return []
     return [
-        f"the {max(len(own) for own in repeated)} seeds gave the same numbers in every trial, so they changed nothing, and "
-        "intervals over them say nothing; SEEDS in the space can set other data for each seed"
+        f"no metric of any trial differs between its {max(len(own) for own in trials.values())} seeds, so intervals over them "
+        "say nothing; if the seeds change nothing, SEEDS in the space can set other data for each"
     ]
 
 
@@ -251,7 +252,8 @@ def _are_equal(first: TrialRow, second: TrialRow) -> bool:
     """Return whether all metrics of two rows are equal, up to the rounding of sums that were made in another order."""
     names = {name for row in (first, second) for name in row if name.startswith("metric.")}
     pairs = [(number_of(first, name), number_of(second, name)) for name in names]
-    return all(a == b or (a is not None and b is not None and math.isclose(a, b, rel_tol=1e-5)) for a, b in pairs)
+    close = (a == b or (a is not None and b is not None and math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9)) for a, b in pairs)
+    return bool(names) and all(close)
 
 
 def seconds_of(rows: Sequence[TrialRow]) -> dict[str, float]:

@@ -119,8 +119,6 @@ class Space:
             "prices": list(self.prices),
             "controls": [dict(control) for control in self.controls],
             "predictions": [prediction.model_dump(mode="json") for prediction in self.predictions],
-            # Left out when empty, so that sweeps from before SEEDS existed can be resumed.
-            **({"seed_settings": [dict(settings) for settings in self.seeds]} if self.seeds else {}),
         }
 
     def spread(self, entry: str, value: Json) -> Point:

@@ -13,12 +13,14 @@ from steerlab.sweeps.space import Space
 def check_keys(space: Space, job: Job) -> None:
     """Refuse keys whose first part is not a field of a job. Deeper parts are checked when the job is validated."""
     sections = list(JobType.model_fields)
-    for entry in space.entries:
+    written = [("SPACE", entry) for entry in space.entries]
+    written += [(f"SEEDS[{number}]", key) for number, settings in enumerate(space.seeds) for key in settings]
+    for where, entry in written:
         for key in [part.strip() for part in entry.split(",")] if "," in entry else [entry]:
             if key.partition(".")[0] not in sections:
                 near = _nearest_path(key, [*sections, *_paths(job.model_dump(mode="json"), "")])
                 hint = f"did you mean {near!r}? " if near else ""
-                raise JobError(f"{space.path}: SPACE[{entry!r}]: unknown key; {hint}valid beginnings: {', '.join(sections)}")
+                raise JobError(f"{space.path}: {where}[{entry!r}]: unknown key; {hint}valid beginnings: {', '.join(sections)}")
 
 
 def _paths(node: object, prefix: str) -> Iterator[str]:

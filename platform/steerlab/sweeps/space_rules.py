@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
+from ray.tune.search.sample import Domain
 
 from steerlab.evaluation.measured import measure_of, unmeasured
 from steerlab.evaluation.statistics.measures import LOSSES, Measure
 from steerlab.guards.json_values import Json
 from steerlab.job import Frozen, Job, JobError, cut
-from steerlab.sweeps.space_entries import plain
+from steerlab.sweeps.space_entries import entries, is_grid, plain
 
 Better = Literal["lower", "higher"]
 Expected = Literal["rises", "falls", "flat"]
@@ -62,8 +63,8 @@ class Prediction(Frozen):
     between: tuple[float | str, float | str] | None = None
     """Two values of `over` that are compared, numbers or texts, instead of the smallest and the largest."""
     margin: Annotated[float, Field(gt=0)] | None = None
-    """flat: the largest difference that counts as none; default: a tenth of the metric's range or, if it has none, of the value
-    at the first end."""
+    """flat: the largest difference that counts as none; default: 0.1 for a share, for other metrics a tenth of the value at the
+    first end."""
     because: str = ""
     """The reason, in one sentence."""
 
@@ -111,24 +112,49 @@ def seeds_in(seeds: object, values: Values) -> tuple[dict[str, Json], ...]:
     """Return SEEDS of a search space file, whose SPACE has these `values`: what each seed sets, by the path of a field.
 
     Raises:
-        JobError: it is not a list of different dicts, or sets a field that SPACE sets as well.
+        JobError: it is not a list of different dicts of values, or sets a field that SPACE or `--seeds` sets as well.
     """
     if not isinstance(seeds, list | tuple) or not all(isinstance(entry, dict) for entry in seeds):
         raise JobError(f"SEEDS is a list of dicts, each with what one seed sets, not {cut(repr(seeds))}")
     checked: list[dict[str, Json]] = []
     for number, entry in enumerate(seeds):
-        for name in entry:
-            if not isinstance(name, str):
-                raise JobError(f"SEEDS[{number}]: a key is the path of a field, not {cut(repr(name))}")
-            if name in values or name == "train.seed":
-                also = "SPACE sets it as well" if name in values else "--seeds sets it"
-                raise JobError(f"SEEDS[{number}] sets {name}, but {also}")
-        settings: dict[str, Json] = {name: plain(value, f"SEEDS[{number}][{name!r}]") for name, value in entry.items()}
+        where = f"SEEDS[{number}]"
+        settings = _settings(where, entry)
+        for name in settings:
+            _check_free(where, name, values)
         # Equal settings would be the same trial twice, which would make intervals over seeds too narrow.
         if settings in checked:
-            raise JobError(f"SEEDS[{number}] is equal to SEEDS[{checked.index(settings)}]: {cut(repr(settings))}")
+            raise JobError(f"{where} is equal to SEEDS[{checked.index(settings)}]: {cut(repr(settings))}")
         checked.append(settings)
     return tuple(checked)
+
+
+def _settings(where: str, entry: Mapping[object, object]) -> dict[str, Json]:
+    """Return the fields that an entry of SEEDS sets, nested dicts and common keys resolved as in SPACE."""
+    try:
+        flat = entries(entry)
+    except JobError as error:
+        raise JobError(str(error).replace("SPACE", where)) from None
+    settings: dict[str, Json] = {}
+    for key, value in flat.items():
+        if isinstance(value, Domain) or is_grid(value):
+            raise JobError(f"{where}[{key!r}] is a domain; give the value that this seed sets")
+        names = [name.strip() for name in key.split(",")]
+        if len(names) > 1 and (not isinstance(value, list) or len(value) != len(names)):
+            raise JobError(f"{where}[{key!r}] sets {len(names)} fields, so {cut(repr(value))} must be {len(names)} values")
+        settings |= dict(zip(names, value if len(names) > 1 and isinstance(value, list) else [value], strict=True))
+    return settings
+
+
+def _check_free(where: str, name: str, values: Values) -> None:
+    """Refuse a field of SEEDS that is set otherwise too, wholly or in a part: one of the two would have no effect."""
+    plain_name = name.replace('"', "").replace("'", "")  # as it is written for keys with dots
+    if plain_name in ("strength", "snapshot"):
+        raise JobError(f"{where} sets {name}, which distinguishes trials, not seeds: it belongs to SPACE")
+    for other in [*values, "train.seed"]:
+        if plain_name == other or plain_name.startswith(f"{other}.") or other.startswith(f"{plain_name}."):
+            also = f"--seeds sets {other}" if other == "train.seed" else f"SPACE sets {other}"
+            raise JobError(f"{where} sets {name}, but {also} as well, so one of the two would have no effect")
 
 
 def is_control(params: Mapping[str, Json], controls: Sequence[Mapping[str, Json]]) -> bool:

@@ -40,13 +40,14 @@ class SweepRequest:
     num_samples: int
     """Points to draw, or the number of units for a searcher."""
     seeds: tuple[int, ...]
-    """Training seeds of every trial."""
+    """Seeds of every trial: those of its training, and of what SEEDS sets."""
     units: list[Unit]
     """All units of a grid or random search; empty when a searcher or W&B suggests them."""
 
     def described(self) -> JsonObject:
         """Return the content of space.json: everything that distinguishes this sweep from other sweeps of the same job."""
         space = self.plan.space.described()
+        settings = self.plan.space.seeds[: len(self.seeds)]
         code = sorted(code.sha256 for code in own_code.codes_in([space, list(self.plan.development)]))
         return {
             "schema": SCHEMA,
@@ -58,6 +59,9 @@ class SweepRequest:
             "strengths": [*self.plan.strengths],
             "samples": self.num_samples,
             "seeds": [*self.seeds],
+            # Those of the seeds that run: further entries of SEEDS change nothing. Left out when empty, so that sweeps from
+            # before SEEDS existed can be resumed.
+            **({"seed_settings": [dict(own) for own in settings]} if settings else {}),
             "files": {**Plan.of(self.plan.job).files},
             **({"code": [*code]} if code else {}),
         }

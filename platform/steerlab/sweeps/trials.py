@@ -112,6 +112,10 @@ class SweepPlan:
             train["seed"] = seed
         if self.space.seeds:
             number = seed - self.first_seed
+            if not 0 <= number < len(self.space.seeds):
+                raise JobError(
+                    f"{self.space.path}: SEEDS has {len(self.space.seeds)} entries, none of them for the seed {seed}"
+                )
             for key, value in self.space.seeds[number].items():
                 jobs.put(tree, key, value, f"{self.space.path}: SEEDS[{number}][{key!r}]", JobType)
         return tree
@@ -134,7 +138,7 @@ class SweepPlan:
             # The job file was valid without the point, so the message names the space instead.
             reason = str(error).removeprefix(f"{self.path}: ")
             settings = ", ".join(f"{key} = {cut(repr(value))}" for key, value in point.items())
-            raise JobError(f"{self.space.path}: SPACE with {settings}: {reason}") from None
+            raise JobError(f"{self.space.path}: {f'SPACE with {settings}: ' if point else ''}{reason}") from None
         # A training of one worker without a GPU runs in the trial's own process, which has already imported everything.
         is_small = job.scale.worker_range == (1, 1) and job.scale.warm is None
         if warm and is_small and not _takes_gpu(job):
@@ -270,10 +274,21 @@ def check(sweep_plan: SweepPlan, units: Sequence[Unit], say: Say = lambda line: 
                 raise
             except ValueError as error:
                 raise JobError(f"{sweep_plan.space.path}: SPACE[{entry!r}] = {value!r}: {error}") from None
-    for number in range(len(sweep_plan.space.seeds)):
-        try:
-            run.check(Plan.of(sweep_plan.job_of({}, sweep_plan.first_seed + number, sweep_plan.strengths)))
-        except ValueError as error:
-            raise JobError(f"{sweep_plan.space.path}: SEEDS[{number}]: {error}") from None
+    _check_seeds(sweep_plan)
     for unit in counted(units, "checking the jobs", say):
         sweep_plan.job_of(unit.shared, unit.seeds[0], unit.strengths)
+
+
+def _check_seeds(sweep_plan: SweepPlan) -> None:
+    """Check the job of each entry of SEEDS. Raises JobError for one that is invalid, or equal to that of another entry."""
+    path, made = sweep_plan.space.path, list[Job]()
+    for number in range(len(sweep_plan.space.seeds)):
+        try:
+            job = sweep_plan.job_of({}, sweep_plan.first_seed + number, sweep_plan.strengths)
+            run.check(Plan.of(job))
+        except ValueError as error:
+            raise JobError(f"{path}: SEEDS[{number}]: {str(error).removeprefix(f'{path}: ')}") from None
+        if job in made:
+            # For example because the development tasks, which all trials run, replace the tasks that the entry changes.
+            raise JobError(f"{path}: SEEDS[{number}] makes the same job as SEEDS[{made.index(job)}], so it has no effect")
+        made.append(job)

@@ -189,7 +189,7 @@ class Tracker:
         strengths = sorted({float(row[0]) for row in rows if isinstance(row[0], int | float)})
         for strength in strengths if len(strengths) > 1 else ():
             own = [(row, path) for row, path in zip(rows, paths, strict=True) if row[0] == strength]
-            key = f"{BY_STRENGTH}/{strength:g}"
+            key = f"{BY_STRENGTH}/{strength!r}"
             # A run that was killed between two of these events sends the rest when it is resumed.
             if key not in self._spool.keys:
                 captions = [f"{row[2]}, guidance {row[1]}" for row, _ in own]

@@ -186,7 +186,7 @@ def scorer(config: Config, device: torch.device | str) -> Scorer:
             # With one continuation, the number of items beside each share tells how many could not be scored; a mean over
             # several does not.
             for text, own, probability in zip(written, observations, probabilities, strict=True):
-                unscored: Score = probability if isinstance(probability, str) else float(probability is None)
+                unscored = float(not isinstance(probability, float))
                 own.append(observed("toxicity/unscored", text.id, unscored, text.strength))
         if says_yes is not None:
             for text, own, answer in zip(written, observations, scorers.score(says_yes, texts), strict=True):
