@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steerlab import models, patches
 from steerlab.job import Selection
+from steerlab.methods import imported
 from steerlab.patches import ActivationPatch, LogitPatch, WeightPatch
 from steerlab.patches.foreign import adapters, control_vectors, read
 from steerlab.patches.maps import AffineMap, LowRankMap
@@ -185,6 +186,13 @@ def test_a_vector_that_repeng_trained_and_wrote_itself(
         torch.testing.assert_close(logits(steered, scale), expected, atol=1e-5, rtol=0)
     model.reset()
     assert (model(input_ids=IDS).logits - expected).abs().max() > 0.01, "the vector changes something"
+
+
+def test_the_method_assembles_the_patch_of_the_file(llama: Path, tmp_path: Path) -> None:
+    repeng(tmp_path / "v.gguf", {1: draw(WIDTH).numpy()})
+    model = load(llama, prompt=PLAIN)
+    patch: Any = imported.METHOD.assemble(imported.Config(source=str(tmp_path / "v.gguf")), model)
+    assert [name for name in patch.sizes] == [layers_of(llama)[1]]
 
 
 def test_a_vector_of_another_type_of_model_is_named(llama: Path, tmp_path: Path) -> None:

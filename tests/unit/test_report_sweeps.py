@@ -217,7 +217,13 @@ def test_the_table_starts_with_the_best_and_ends_with_what_failed(store: Store) 
     assert header[:4] == ["trial", "seed", "method.alpha", "train.lr"] and header[-2:] == ["ran, s", "state"]
     assert [line[0]["value"] for line in body[:2]] == ["\u2605 t002", "\u2605 t002"]
     assert [line[-1]["value"] for line in body[-2:]] == ["running", "failed"] and "NaN" in body[-1][-1]["interval"]
-    assert dict(tables.facts(sweep))["stages taken from the store"] == "10 of 24"
+    facts = dict(tables.facts(sweep))
+    assert facts["stages taken from the store"] == "10 of 24"
+    cells = {row["trial_id"]: tables.cell(sweep_figures.measured(row, "separation/sep")) for row in reversed(sweep.finished)}
+    assert facts["best separation/sep"] == cells.pop("t002") and facts["best separation/sep"] not in cells.values()
+    texts = [tables._plain(value)["value"] for value in (0.123456, 3, True, None, "x")]
+    assert texts == ["0.1235", "3", "True", tables.DASH, "x"]
+    assert sweep.space["space"]["method.alpha"] == {"kind": "grid_search", "values": [0.5]}
 
 
 def test_a_sweep_that_goes_on_has_a_page_too(store: Store, tmp_path: Path) -> None:
