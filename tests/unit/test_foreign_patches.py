@@ -192,7 +192,7 @@ def test_the_method_assembles_the_patch_of_the_file(llama: Path, tmp_path: Path)
     repeng(tmp_path / "v.gguf", {1: draw(WIDTH).numpy()})
     model = load(llama, prompt=PLAIN)
     patch: Any = imported.METHOD.assemble(imported.Config(source=str(tmp_path / "v.gguf")), model)
-    assert [name for name in patch.sizes] == [layers_of(llama)[1]]
+    assert list(patch.sizes) == [layers_of(llama)[1]]
 
 
 def test_a_vector_of_another_type_of_model_is_named(llama: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -247,7 +246,7 @@ def test_each_seed_sets_what_the_space_says_of_it_and_a_closed_form_can_be_repea
     best = request.plan.best_job(request.units[0].trials[0].params, 2)
     assert best.data.source is not None and best.data.source.shuffle == 9, "the best trial is evaluated on its own texts"
     assert request.plan.job_of({}, None, ()).data.source.shuffle is None, "the job itself stays as it is"  # type: ignore[union-attr]
-    # A trained job has both: its training seed, which does not begin at 0 here, and what SEEDS sets.
+    # A trained job has both: its training seed, and what SEEDS sets.
     trained = asked("SPACE = {'train.lr': tune.grid_search([1e-2])}\n" + SHUFFLED, 2, "lineas")
     jobs = [trained.plan.job_of(unit.shared, unit.seeds[0], ()) for unit in trained.units]
     assert [(job.train.seed, job.data.source.shuffle) for job in jobs] == [(0, 4), (1, 8)]  # type: ignore[union-attr]
@@ -255,10 +254,10 @@ def test_each_seed_sets_what_the_space_says_of_it_and_a_closed_form_can_be_repea
     assert request.described()["seed_settings"][1] == {"data.source.shuffle": 8, "data.target.shuffle": 8}  # type: ignore[index]
 
 
-def test_a_seed_that_makes_the_job_of_another_is_refused() -> None:
+def test_a_seed_that_makes_the_job_of_another_is_refused(tmp_path: Path) -> None:
     """The development tasks, which choose the trial, replace the job's own, so that a change of those is none."""
     text = TEXTS + "SEEDS = [{'evaluate.0.limit': 1}, {'evaluate.0.limit': 2}]\n"
-    path = Path(tempfile.mkdtemp()) / "space.py"
+    path = tmp_path / "space.py"
     path.write_text("from ray import tune\n" + text)
     with pytest.raises(JobError, match=r"space.py: SEEDS\[1\] makes the same job as SEEDS\[0\]"):
         sweep_request.checked(trials.plan(ROOT / "jobs/tiny/act.yaml", (), spaces.load(path)), None, 2)
@@ -280,7 +279,7 @@ def test_only_seeds_that_run_are_part_of_a_sweep(job: Path) -> None:
 
 
 def test_seeds_count_from_the_training_seed_of_the_job(job: Path) -> None:
-    text = GRID + GOOD + "SEEDS = [{'train.lr': 1e-3}, {'train.lr': 1e-2}]\n".replace("train.lr", "method.angle_rad")
+    text = GRID + GOOD + "SEEDS = [{'method.angle_rad': 1e-3}, {'method.angle_rad': 1e-2}]\n"
     asked = ask(job, text, seeds=2, overrides=("train.seed=7",))
     made: Any = [asked.plan.job_of(unit.shared, unit.seeds[0], ()) for unit in asked.units]
     assert {(one.train.seed, one.method.angle_rad) for one in made} == {(7, 1e-3), (8, 1e-2)}

@@ -27,7 +27,7 @@ class Outcome(TypedDict):
     over: str
     expected: Expected
     margin: float | None
-    """Largest difference that counts as none, for `flat`; None for other predictions, and without a value at the first end."""
+    """Largest difference that counts as none, for `flat`; None for other predictions, and without a scale (`_margin`)."""
     where: dict[str, Json]
     because: str
     ends: list[float | str]
@@ -157,7 +157,9 @@ def _mean(rows: Sequence[TrialRow], metric: str) -> float | None:
 
 
 def _margin(prediction: Prediction, values: Sequence[float | None], measure: Measure | None) -> float | None:
-    """Return the largest difference that counts as none; None for a prediction other than `flat`, and without a scale."""
+    """Return the largest difference that counts as none; None for a prediction other than `flat`, and if the first value, of
+    which it would be a part, is 0 or missing.
+    """
     if prediction.expected != "flat" or prediction.margin is not None:
         return prediction.margin
     if measure is not None and measure.is_share:
